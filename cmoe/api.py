@@ -1,0 +1,187 @@
+"""Starting and resuming runs, for the command line and for Python alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmoe.config.load import read
+from cmoe.config.plan import Plan
+from cmoe.config.text import read_file
+from cmoe.errors import UserError
+from cmoe.plugins import Catalogue
+from cmoe.reporting import Reporter
+from cmoe.rundir import RunFolder, create, find, now, write_whole
+from cmoe.streams.data import DataFolder, data_folder
+
+Stop = Callable[[], bool]
+
+
+def plan_of(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), plugins: Sequence[str | Path] = ()
+) -> tuple[Plan, Catalogue]:
+    """A checked plan and the catalogue that it was checked against.
+
+    Raises:
+        UserError: anything in it is wrong.
+    """
+    catalogue = Catalogue(plugins)
+    return read(config, overrides, catalogue), catalogue
+
+
+def start(
+    plan: Plan, catalogue: Catalogue, data: DataFolder, reporter: Reporter | None = None, stop: Stop | None = None
+) -> dict[str, Any]:
+    """Train a plan as a new run; returns its facts (`run.json`).
+
+    Raises:
+        UserError: the data or a component refuses the plan; no run is left behind.
+        RunFailed: training could not go on; the run is kept.
+        Interrupted: `stop` said so; the run is kept.
+    """
+    return start_in(plan, new_run(plan), catalogue, data, reporter, stop)
+
+
+def start_in(
+    plan: Plan,
+    folder: RunFolder,
+    catalogue: Catalogue,
+    data: DataFolder,
+    reporter: Reporter | None = None,
+    stop: Stop | None = None,
+) -> dict[str, Any]:
+    """`start` in a folder that `new_run` made, for callers that must know the run's id."""
+    try:
+        return _work(plan, folder, catalogue, data, reporter, stop)
+    except UserError:
+        _forget_unstarted(folder)
+        raise
+
+
+def new_run(plan: Plan) -> RunFolder:
+    """The folder of a new run, with its configuration and first facts."""
+    root = Path(plan.tracking["root"])
+    folder = create(root, plan.experiment, plan.label, plan.seed, plan.hash)
+    write_whole(folder.path / "config.yaml", plan.to_yaml())
+    folder.update(
+        run_id=folder.id,
+        experiment=plan.experiment,
+        label=plan.label,
+        strategy=plan.strategies,
+        seed=plan.seed,
+        status="CREATED",
+        created=now(),
+        config_hash=plan.hash,
+        config=plan.to_dict(),
+    )
+    return folder
+
+
+def resume(
+    folder: RunFolder,
+    data: DataFolder | None = None,
+    reporter: Reporter | None = None,
+    stop: Stop | None = None,
+    anyway: bool = False,
+    plugins: Sequence[str | Path] = (),
+) -> dict[str, Any]:
+    """Go on with an interrupted, killed or failed run; a finished one only has its tracking delivered.
+
+    Raises:
+        UserError: the data, the machine or the versions changed since the run began (unless `anyway`).
+    """
+    plan, catalogue = plan_of_run(folder, plugins)
+    if folder.facts().get("status") == "FINISHED":
+        deliver_rest(folder)
+        return folder.facts()
+    where = data or data_of_run(folder)
+    return _work(plan, folder, catalogue, where, reporter, stop, anyway)
+
+
+def deliver_rest(folder: RunFolder, uri: str | None = None) -> int:
+    """Deliver what the tracking server does not have yet; returns the bytes of the log that went out.
+
+    Raises:
+        ConnectionError: the server cannot be reached.
+    """
+    from cmoe.tracking import deliver
+    from cmoe.tracking.store import locate
+
+    facts = folder.facts()
+    tracking = facts["config"]["tracking"]
+    if not tracking["enabled"] and uri is None:
+        return 0
+    return deliver.sync(
+        folder.path, folder.id, facts["experiment"], locate(folder.path.parents[1], uri or tracking["uri"])
+    )
+
+
+def data_of_run(folder: RunFolder) -> DataFolder:
+    """Where the run's data was when it began, unless the environment names another place now."""
+    recorded = folder.facts().get("data_root")
+    return data_folder() if recorded is None else data_folder(recorded)
+
+
+def plan_of_run(folder: RunFolder, plugins: Sequence[str | Path] = ()) -> tuple[Plan, Catalogue]:
+    """A run's plan, checked again against the components as they are now."""
+    path = folder.path / "config.yaml"
+    config = read_file(path)
+    catalogue = Catalogue([*config.get("plugins", []), *plugins])
+    return Plan.from_dict(config, catalogue, str(path)), catalogue
+
+
+def _work(
+    plan: Plan,
+    folder: RunFolder,
+    catalogue: Catalogue,
+    data: DataFolder,
+    reporter: Reporter | None,
+    stop: Stop | None,
+    anyway: bool = False,
+) -> dict[str, Any]:
+    from cmoe.runner import train
+    from cmoe.session import Session
+
+    with folder.working():
+        folder.update(data_root=str(data.root))
+        session = Session(plan, folder, catalogue, data, reporter or Reporter(), anyway, stop)
+        with session.watched():
+            return train(session)
+
+
+def _forget_unstarted(folder: RunFolder) -> None:
+    """Remove the folder of a run that the data or a component refused before it had any state."""
+    import shutil
+
+    if not folder.state.exists():
+        shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def run(
+    config: str | Path | Mapping[str, Any],
+    *overrides: str,
+    data: str | Path | None = None,
+    plugins: Sequence[str | Path] = (),
+    reporter: Reporter | None = None,
+) -> RunFolder:
+    """Train a configuration from start to end.
+
+        import cmoe
+        run = cmoe.run("quickstart", "strategy=replay", "seed=1")
+        print(run.facts()["metrics"]["class_il/acc_macro"])
+
+    Args:
+        config: a file, the name of a configuration that comes with cmoe, or a mapping with the same content.
+        overrides: `key=value` as on the command line.
+        data: where data sets are; default `$CMOE_DATA`, else `~/.cache/cmoe`.
+        plugins: folders with task plugins.
+        reporter: told what happens.
+
+    Raises:
+        UserError: the input was wrong.
+        RunFailed: training could not go on; `cmoe.resume` can try again.
+    """
+    plan, catalogue = plan_of(config, overrides, plugins)
+    facts = start(plan, catalogue, data_folder(data), reporter)
+    return find(Path(plan.tracking["root"]), facts["run_id"])

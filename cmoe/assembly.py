@@ -1,0 +1,107 @@
+"""From a plan to the objects of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cmoe.backbones import Backbone, ExpertLayers
+from cmoe.backbones.mlp import glorot
+from cmoe.config.plan import Plan
+from cmoe.errors import UserError
+from cmoe.learners import Head, Model
+from cmoe.learners.objective import Classification, Language, Objective
+from cmoe.plugins import Catalogue
+from cmoe.streams import DataFolder, Stream, open_stream
+
+BYTES = 256  # outputs of a byte language model
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed for a named purpose, so that one use of randomness never shifts another (63 bits)."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def component(catalogue: Catalogue, kind: str, spec: dict[str, Any], **supplied: Any) -> Any:
+    """The object that a checked `name:` with options stands for."""
+    return catalogue.find(kind, spec["name"]).create(spec, **supplied)
+
+
+def make_stream(plan: Plan, catalogue: Catalogue, data: DataFolder) -> Stream:
+    """The opened stream of a plan."""
+    return open_stream(plan.stream, catalogue.find("task", plan.stream["name"]).load(), data, plan.seed)
+
+
+def head_kind(plan: Plan) -> str:
+    """The kind of head, with 'auto' decided."""
+    kind = plan.model["head"]
+    return kind if kind != "auto" else "multi" if plan.stream["scenario"] == "task" else "shared"
+
+
+def make_model(plan: Plan, catalogue: Catalogue, stream: Stream, purpose: str = "model") -> Model:
+    """A newly initialised model; the same plan and purpose give the same weights.
+
+    Raises:
+        UserError: the backbone does not take this stream's inputs.
+    """
+    entry = catalogue.find("backbone", plan.model["name"])
+    backbone_class = entry.load()
+    assert issubclass(backbone_class, Backbone)
+    if stream.modality not in backbone_class.modalities:
+        raise UserError(
+            f"model.name: expected a backbone for {stream.modality} inputs, got '{entry.name}' "
+            f"(for {', '.join(backbone_class.modalities)})"
+        )
+    experts = _experts(plan, catalogue)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(plan.seed, purpose))
+        try:
+            backbone = entry.create(
+                plan.model, input_shape=stream.input_shape, vocabulary=stream.vocabulary, experts=experts
+            )
+        except ValueError as error:
+            raise UserError(f"model: {error}") from error
+        head = Head(backbone.width, head_kind(plan))
+        if head.kind == "shared":
+            head.add(range(BYTES if stream.language else stream.n_classes))
+        model = Model(backbone, head)
+        if plan.model.get("init") == "xavier":
+            head.apply(glorot)  # the protocol's initial weights hold for the outputs too
+    if experts is not None and backbone.causal:
+        _refuse_future(model)
+    return model
+
+
+def _experts(plan: Plan, catalogue: Catalogue) -> ExpertLayers | None:
+    moe = plan.model.get("moe")
+    if not moe:
+        return None
+
+    def maker(kind: str, spec: dict[str, Any]) -> Callable[..., Any]:
+        entry = catalogue.find(kind, spec["name"])
+        return lambda **supplied: entry.create(spec, **supplied)
+
+    return ExpertLayers(
+        moe["experts"],
+        maker("router", moe["router"]),
+        maker("expert", moe["expert"]) if moe["expert"] else None,
+        moe["hidden"],
+        moe["layers"],
+        moe["dispatch"],
+    )
+
+
+def _refuse_future(model: Model) -> None:
+    """A decoder whose router sees later tokens would report losses that are not true."""
+    for name, layer in model.moe_layers().items():
+        if not layer.router.causal:
+            raise UserError(f"model.moe.router: expected a causal router in a decoder, {name} has one that looks ahead")
+
+
+def make_objective(plan: Plan, stream: Stream, head: Head) -> Objective:
+    """The task's loss."""
+    return Language(head) if stream.language else Classification(head, plan.model["train_outputs"])

@@ -1,0 +1,61 @@
+"""A small decoder over bytes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from cmoe.backbones.base import Backbone, Features
+from cmoe.backbones.experts import ExpertLayers
+from cmoe.backbones.transformer import blocks, embed
+from cmoe.config.types import Fraction, PositiveInt
+from cmoe.errors import UserError
+from cmoe.moe import RouteContext
+
+
+class ByteLM(Backbone):
+    """Causal transformer over bytes; its feed-forward networks become layers of experts.
+
+    Options:
+        depth: number of blocks.
+        dim: width of the tokens.
+        heads: attention heads.
+        hidden: units of a feed-forward network; default is 4 · dim.
+        dropout: share of features dropped while training.
+    """
+
+    modalities: ClassVar[tuple[str, ...]] = ("bytes",)
+    causal: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        depth: PositiveInt = 2,
+        dim: PositiveInt = 128,
+        heads: PositiveInt = 4,
+        hidden: PositiveInt | None = None,
+        dropout: Fraction = 0.0,
+        *,
+        input_shape: tuple[int, ...],
+        vocabulary: int | None,
+        experts: ExpertLayers | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"model.heads: expected a divisor of dim {dim}, got {heads}")
+        assert vocabulary is not None
+        self.width = dim
+        self.bytes = nn.Embedding(vocabulary, dim)
+        self.positions = nn.Embedding(input_shape[0], dim)
+        nn.init.normal_(self.bytes.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.blocks = blocks(depth, dim, heads, hidden or 4 * dim, dropout, experts)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: RouteContext) -> Features:
+        h, routings = embed(x, self.bytes, self.positions), {}
+        for i, block in enumerate(self.blocks):
+            h, routing = block(h, None, True, context)
+            if routing is not None:
+                routings[f"blocks.{i}.mlp"] = routing
+        return Features(self.norm(h), routings)

@@ -1,0 +1,69 @@
+"""A small bidirectional transformer for classifying short texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cmoe.backbones.base import Backbone, Features
+from cmoe.backbones.experts import ExpertLayers
+from cmoe.backbones.transformer import blocks, embed
+from cmoe.config.types import Fraction, PositiveInt
+from cmoe.errors import UserError
+from cmoe.moe import RouteContext
+
+
+class TextEncoder(Backbone):
+    """Transformer encoder over word tokens, mean-pooled; its feed-forward networks become layers of experts.
+
+    Options:
+        depth: number of blocks.
+        dim: width of the tokens.
+        heads: attention heads.
+        hidden: units of a feed-forward network; default is 4 · dim.
+        dropout: share of features dropped while training.
+    """
+
+    modalities: ClassVar[tuple[str, ...]] = ("text",)
+
+    def __init__(
+        self,
+        depth: PositiveInt = 2,
+        dim: PositiveInt = 128,
+        heads: PositiveInt = 4,
+        hidden: PositiveInt | None = None,
+        dropout: Fraction = 0.1,
+        *,
+        input_shape: tuple[int, ...],
+        vocabulary: int | None,
+        experts: ExpertLayers | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"model.heads: expected a divisor of dim {dim}, got {heads}")
+        assert vocabulary is not None
+        self.width = dim
+        self.words = nn.Embedding(vocabulary, dim, padding_idx=0)
+        self.positions = nn.Embedding(input_shape[0], dim)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.blocks = blocks(depth, dim, heads, hidden or 4 * dim, dropout, experts)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: RouteContext) -> Features:
+        valid = x != 0
+        # texts are short and padded to the longest of the whole stream: cut to the longest of the batch
+        length = max(int(valid.sum(1).max()), 1) if x.shape[0] else 1
+        x, valid = x[:, :length], valid[:, :length]
+        valid = valid | (torch.arange(length, device=x.device) == 0)  # an empty text still attends to something
+        h, routings = embed(x, self.words, self.positions), {}
+        mask = valid[:, None, None, :]
+        context = replace(context, valid=valid)
+        for i, block in enumerate(self.blocks):
+            h, routing = block(h, mask, False, context)
+            if routing is not None:
+                routings[f"blocks.{i}.mlp"] = routing
+        weight = valid.to(h.dtype).unsqueeze(-1)
+        return Features((self.norm(h) * weight).sum(1) / weight.sum(1), routings)

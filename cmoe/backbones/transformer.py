@@ -1,0 +1,78 @@
+"""The pre-norm transformer block (Vaswani et al. 2017; Xiong et al. 2020) that the text backbones share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmoe.backbones.experts import ExpertLayers, select
+from cmoe.moe import RouteContext, Routing
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over (B, L, D)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        drop = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal)
+        return self.out(h.transpose(1, 2).reshape(b, n, d))
+
+
+class FeedForward(nn.Module):
+    """The dense feed-forward network that a layer of experts stands in for."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network or layer of experts, each on the normed input of its residual."""
+
+    def __init__(self, dim: int, heads: int, ffn: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, heads, dropout)
+        self.mlp = ffn
+        self.dropout = dropout
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, causal: bool, context: RouteContext
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + F.dropout(self.attention(self.norm1(x), mask, causal), self.dropout, self.training)
+        h, routing = self.norm2(x), None
+        if isinstance(self.mlp, FeedForward):
+            y = self.mlp(h)
+        else:
+            y, routing = self.mlp(h, context)
+        return x + F.dropout(y, self.dropout, self.training), routing
+
+
+def blocks(
+    depth: int, dim: int, heads: int, hidden: int, dropout: float, experts: ExpertLayers | None
+) -> nn.ModuleList:
+    """`depth` blocks of width `dim`; those that `experts` picks have layers of experts."""
+    chosen = select(experts, depth)
+    layers = nn.ModuleList()
+    for i in range(depth):
+        ffn = experts.layer(dim, hidden) if experts is not None and i in chosen else FeedForward(dim, hidden)
+        layers.append(Block(dim, heads, ffn, dropout))
+    return layers
+
+
+def embed(tokens: Tensor, words: nn.Embedding, positions: nn.Embedding) -> Tensor:
+    """Sum of word and position embeddings, (B, L, D)."""
+    return words(tokens) + positions(torch.arange(tokens.shape[1], device=tokens.device))

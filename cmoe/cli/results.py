@@ -1,0 +1,105 @@
+"""What commands print when runs are done: the matrix, a table, pictures and the way on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cmoe.cli.common import table
+
+PERCENT = ("class_il", "task_il", "next_byte_accuracy")
+
+
+def show_runs(facts: Sequence[dict[str, Any]], root: str | Path) -> None:
+    """The matrix of each run, then (of several) the comparison, and where everything is."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for run in facts:
+        _matrices(console, run, Path(root), only_first=len(facts) > 1)
+    if len(facts) > 1:
+        document, picture, report = write_comparison(facts[0]["experiment"], Path(root))
+        show_comparison(document, picture, report)
+    else:
+        folder = Path(root) / "runs" / facts[0]["run_id"]
+        for picture in facts[0].get("pictures", [])[:1]:
+            print(f"picture: {folder / picture}")
+    print(f"MLflow:  cmoe ui {facts[0]['experiment']}")
+
+
+def _matrices(console: Any, run: dict[str, Any], root: Path, only_first: bool) -> None:
+    """A table for each view: rows trained, columns tested."""
+    from rich.table import Table
+
+    from cmoe.tracking.summary import read_run
+
+    summary = read_run(root / "runs" / run["run_id"])
+    if summary is None:
+        return
+    views = list(summary.matrices.items())
+    for name, view in views[:1] if only_first else views:
+        percent = name in PERCENT
+        unit = "%" if percent else "bits per byte"
+        table = Table(title=f"{run['label']}: {name} after each experience ({unit})", title_justify="left")
+        table.add_column("after")
+        for column in summary.names:
+            table.add_column(column, justify="right", no_wrap=True)
+        for i, row in enumerate(view.R):
+            if all(x != x for x in row):
+                continue
+            cells = ["" if x != x else f"{100 * x:.1f}" if percent else f"{x:.3f}" for x in row]
+            table.add_row(summary.names[i], *cells)
+        console.print(table)
+
+
+def show_comparison(document: dict[str, Any], picture: Path, report: Path) -> None:
+    """Means over seeds, the paired differences to the baseline, and where picture and report are."""
+    from cmoe.tracking.compare import headline_metrics, number
+
+    names = [n for n in headline_metrics(document) if not n.startswith("bits_per_byte/forgetting")]
+    heads = [n.replace("acc_macro", "acc").replace("forgetting_chaudhry", "forgetting") for n in names]
+    rows = [["label", "seeds", *heads, "parameters", "seconds"]]
+    differences = [["label", *heads]]
+    for label in document["labels"]:
+        cells = [document["metrics"][n][label] for n in names]
+        costs = document["costs"][label]
+        size, seconds = costs["parameters_total"], costs["wall_seconds"]
+        rows.append(
+            [
+                label,
+                str(len(document["seeds"][label])),
+                *(number(c, n) for c, n in zip(cells, names, strict=True)),
+                "–" if size is None else f"{size:,.0f}",
+                "–" if seconds is None else f"{seconds:.1f}",
+            ]
+        )
+        if label != document["baseline"]:
+            differences.append(
+                [label, *(number(c["difference"], n, signed=True) for c, n in zip(cells, names, strict=True))]
+            )
+    print(f"\n{document['experiment']}: mean over seeds ± half the 95 % interval")
+    print(table(rows, indent="  "))
+    if len(differences) > 1:
+        print(f"\ndifference to {document['baseline']}, paired over seeds")
+        print(table(differences, indent="  "))
+    print(f"\npicture: {picture}\nreport:  {report}")
+
+
+def write_comparison(experiment: str, root: Path, baseline: str | None = None) -> tuple[dict[str, Any], Path, Path]:
+    """Compare an experiment's finished runs; writes a picture and a self-contained report, returns all three."""
+    from cmoe.tracking.compare import compare, picture
+    from cmoe.tracking.figures.style import png
+    from cmoe.tracking.files import write_atomic
+    from cmoe.tracking.report import report
+    from cmoe.tracking.summary import load_runs
+
+    runs = load_runs(root, experiment)
+    document = compare(runs, baseline)
+    from cmoe.rundir import slug
+
+    folder = root / "reports" / slug(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "comparison.png", png(picture(runs, document)))
+    write_atomic(folder / "report.html", report(runs, document).encode())
+    return document, folder / "comparison.png", folder / "report.html"

@@ -1,0 +1,242 @@
+"""Combinations that make no sense, each a rule with its message.
+
+A rule sees the whole plan and what the components declare about themselves (class attributes that are read without
+importing them). What only the data or the built model can tell is checked by the runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cmoe.config.plan import Plan
+from cmoe.config.where import Where
+from cmoe.plugins import Entry
+
+# scenarios in which a sample comes with its task label when it is predicted
+LABELLED = ("task", "joint")
+
+
+@dataclass
+class View:
+    """What a rule looks at.
+
+    Attributes:
+        plan: the resolved plan.
+        entries: the components by the full key of their mapping (`model.moe.router`, `strategy.0`).
+        where: the source of a full key.
+    """
+
+    plan: Plan
+    entries: dict[str, Entry]
+    where: Callable[[str], Where]
+
+    def attribute(self, key: str, name: str, default: Any = None) -> Any:
+        """What the component at `key` declares; `default` where there is none."""
+        return self.entries[key].attribute(name, default) if key in self.entries else default
+
+    def strategies(self) -> list[tuple[str, str]]:
+        """Full key and name of each strategy."""
+        return [(f"strategy.{i}", s["name"]) for i, s in enumerate(self.plan.strategy)]
+
+    def refuse(self, key: str, expected: str, got: str) -> NoReturn:
+        raise self.where(key).expected(expected, got)
+
+
+def apply(view: View) -> None:
+    """Hold a plan to all rules.
+
+    Raises:
+        ConfigError: the first rule that it breaks.
+    """
+    for rule in RULES:
+        rule(view)
+
+
+def each_strategy_once(view: View) -> None:
+    names = [n for _, n in view.strategies()]
+    for key, name in view.strategies():
+        if names.count(name) > 1:
+            view.refuse(key, "each strategy once", f"'{name}' {names.count(name)} times")
+
+
+def one_owner_of_data(view: View) -> None:
+    owners = [(k, n) for k, n in view.strategies() if view.attribute(k, "owns_data", False)]
+    if len(owners) > 1:
+        names = " and ".join(f"'{n}'" for _, n in owners)
+        view.refuse(owners[1][0], "one strategy that decides what is trained on", names)
+
+
+def one_owner_of_predict(view: View) -> None:
+    owners = [(k, n) for k, n in view.strategies() if view.attribute(k, "owns_predict", False)]
+    if len(owners) > 1:
+        names = " and ".join(f"'{n}'" for _, n in owners)
+        view.refuse(owners[1][0], "one strategy with its own way to predict", names)
+
+
+def owner_of_loop_alone(view: View) -> None:
+    for key, name in view.strategies():
+        if view.attribute(key, "owns_loop", False) and len(view.plan.strategy) > 1:
+            others = ", ".join(f"'{n}'" for _, n in view.strategies() if n != name)
+            view.refuse(key, f"'{name}' alone, it has its own training loop", f"it beside {others}")
+
+
+def scenario_of_task(view: View) -> None:
+    allowed = view.attribute("stream", "scenarios")
+    scenario = view.plan.stream.get("scenario")
+    if isinstance(allowed, tuple | list) and scenario is not None and scenario not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        view.refuse("stream.scenario", f"a scenario that '{view.plan.stream['name']}' has ({names})", repr(scenario))
+
+
+def modality_of_backbone(view: View) -> None:
+    modality, takes = view.attribute("stream", "modality"), view.attribute("model", "modalities")
+    if isinstance(modality, str) and takes and modality not in takes:
+        stream = view.plan.stream["name"]
+        view.refuse(
+            "model.name",
+            f"a backbone that takes {modality}, which '{stream}' gives",
+            f"'{view.plan.model['name']}', which takes {' or '.join(takes)}",
+        )
+
+
+def causal_router(view: View) -> None:
+    if not view.attribute("model", "causal", False):
+        return
+    if view.attribute("model.moe.router", "causal", True) is False:
+        router = view.plan.model["moe"]["router"]["name"]
+        view.refuse(
+            "model.moe.router",
+            f"a causal router, '{view.plan.model['name']}' must not look at later tokens",
+            f"'{router}', which does",
+        )
+
+
+def label_for_router(view: View) -> None:
+    needs = view.attribute("model.moe.router", "needs", ())
+    scenario = view.plan.stream.get("scenario")
+    if {"task", "task_label"} & set(needs) and scenario is not None and scenario not in LABELLED:
+        router = view.plan.model["moe"]["router"]["name"]
+        view.refuse(
+            "model.moe.router",
+            f"a router that needs no task label in scenario '{scenario}' (or `stream.scenario: task`)",
+            f"'{router}', which needs it",
+        )
+
+
+def label_for_strategy(view: View) -> None:
+    scenario = view.plan.stream.get("scenario")
+    for key, name in view.strategies():
+        needs = set(view.attribute(key, "needs", ()))
+        if {"task", "task_label"} & needs and scenario is not None and scenario not in LABELLED:
+            view.refuse(
+                key, f"a strategy that needs no task label in scenario '{scenario}'", f"'{name}', which needs it"
+            )
+
+
+def experts_for_strategy(view: View) -> None:
+    for key, name in view.strategies():
+        wanted = name == "expand" or "moe" in view.attribute(key, "needs", ())
+        if wanted and view.plan.model["moe"] is None:
+            view.refuse(
+                "model.moe", f"experts, which strategy '{name}' works on (such as `moe: {{experts: 4}}`)", "none"
+            )
+
+
+def isolated_head_is_apart(view: View) -> None:
+    for key, name in view.strategies():
+        if name != "expand" or view.attribute("stream", "modality") == "bytes":
+            continue
+        i = int(key.partition(".")[2])
+        isolate = view.plan.strategy[i].get("isolate")
+        if isolate is None:
+            isolate = "task" in view.attribute("model.moe.router", "needs", ())
+        head = view.plan.model["head"]
+        if head == "auto":
+            head = "multi" if view.plan.stream.get("scenario") == "task" else "shared"
+        if isolate and head == "shared":
+            view.refuse("model.head", f"'multi' or 'growing' with {key}.isolate, which freezes old outputs", "'shared'")
+
+
+def multi_head_has_label(view: View) -> None:
+    scenario = view.plan.stream.get("scenario")
+    if view.plan.model["head"] == "multi" and scenario is not None and scenario not in LABELLED:
+        view.refuse(
+            "model.head", f"'shared' or 'growing' in scenario '{scenario}', which gives no task label", "'multi'"
+        )
+
+
+def task_outputs_have_label(view: View) -> None:
+    scenario = view.plan.stream.get("scenario")
+    if view.plan.model["eval_outputs"] == "task" and scenario is not None and scenario not in LABELLED:
+        view.refuse(
+            "model.eval_outputs", f"'all' or 'seen' in scenario '{scenario}', which gives no task label", "'task'"
+        )
+
+
+def whole_vocabulary(view: View) -> None:
+    if view.attribute("stream", "modality") != "bytes":
+        return
+    for key in ("train_outputs", "eval_outputs"):
+        if view.plan.model[key] != "all":
+            view.refuse(
+                f"model.{key}", "'all' for language modelling, whose outputs are the bytes", repr(view.plan.model[key])
+            )
+
+
+def online_is_one_pass(view: View) -> None:
+    if view.plan.stream.get("scenario") == "online" and view.plan.trainer["epochs"] != 1:
+        view.refuse("trainer.epochs", "1 in the online scenario, which is one pass", str(view.plan.trainer["epochs"]))
+
+
+def one_device(view: View) -> None:
+    if view.plan.trainer["devices"] != 1:
+        view.refuse("trainer.devices", "1, more devices are not supported yet", str(view.plan.trainer["devices"]))
+
+
+def one_clipping(view: View) -> None:
+    if view.plan.trainer["clip_norm"] and view.plan.trainer["clip_value"]:
+        view.refuse(
+            "trainer.clip_value",
+            "0 beside trainer.clip_norm, gradients are clipped one way",
+            str(view.plan.trainer["clip_value"]),
+        )
+
+
+def dispatch_has_precision(view: View) -> None:
+    moe = view.plan.model["moe"]
+    if moe and moe["dispatch"] == "grouped" and view.plan.trainer["precision"] == "64-true":
+        view.refuse(
+            "model.moe.dispatch",
+            "'auto', 'loop' or 'bmm' with trainer.precision '64-true'",
+            "'grouped', which has no float64",
+        )
+
+
+def validation_is_held_out(view: View) -> None:
+    if view.plan.evaluation["split"] == "validation" and view.plan.stream.get("validation") == 0:
+        view.refuse("evaluation.split", "'test', as stream.validation is 0 and holds nothing out", "'validation'")
+
+
+RULES: tuple[Callable[[View], None], ...] = (
+    each_strategy_once,
+    one_owner_of_data,
+    one_owner_of_predict,
+    owner_of_loop_alone,
+    scenario_of_task,
+    modality_of_backbone,
+    causal_router,
+    label_for_router,
+    label_for_strategy,
+    experts_for_strategy,
+    isolated_head_is_apart,
+    multi_head_has_label,
+    task_outputs_have_label,
+    whole_vocabulary,
+    online_is_one_pass,
+    one_device,
+    one_clipping,
+    dispatch_has_precision,
+    validation_is_held_out,
+)

@@ -1,0 +1,94 @@
+"""Auxiliary routing losses as pure functions; none of them is multiplied by a weight here.
+
+Each takes an optional `valid` mask (T,) that leaves padding out, and gives 0 for an empty batch instead of NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _mean(values_T: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return values_T.sum() / max(values_T.numel(), 1)
+    # where, not a product: a padded row may be anything, inf * 0 included
+    return torch.where(valid, values_T, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def cv_squared(amount_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, population variance over squared mean: 0 when all are equal.
+
+    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, equation 7. 0 for a single expert or for no amount at all.
+    """
+    mean = amount_E.mean()
+    return (amount_E - mean).square().mean() / (mean.square() + 1e-10)
+
+
+def importance(weights_TK: Tensor, columns_TK: Tensor, n: int) -> Tensor:
+    """Sum of the combination weights that each of `n` columns gets (Shazeer et al. 2017, equation 6); shape (n,)."""
+    total = weights_TK.new_zeros(n)
+    return total.scatter_add(0, columns_TK.reshape(-1), weights_TK.reshape(-1))
+
+
+def importance_loss(weights_TK: Tensor, columns_TK: Tensor, n: int) -> Tensor:
+    """CV² of the importance (Shazeer et al. 2017, equation 7). Padding must have weight 0."""
+    return cv_squared(importance(weights_TK, columns_TK, n))
+
+
+def smooth_load(clean_TE: Tensor, noisy_TE: Tensor, scale_TE: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
+    """Expected number of tokens of each expert if its noise were drawn again (Shazeer et al. 2017, appendix A).
+
+    P(x, i) = Φ((clean_i - kth largest of the others' noisy scores) / scale_i); the load of i is its sum over x.
+
+    Args:
+        clean_TE: scores without noise.
+        noisy_TE: the same with noise.
+        scale_TE: standard deviation of the noise.
+        k: experts per token, less than E.
+    """
+    top = noisy_TE.topk(k + 1, dim=-1).values
+    inside = top[:, k - 1 : k]  # the bar for an expert that is out
+    outside = top[:, k : k + 1]  # the bar for one that is in, which does not count itself
+    bar_TE = torch.where(noisy_TE > outside, outside, inside)
+    probability_TE = 0.5 * (1 + torch.erf((clean_TE - bar_TE) / scale_TE / math.sqrt(2.0)))
+    if valid is not None:
+        probability_TE = torch.where(valid.unsqueeze(1), probability_TE, 0.0)
+    return probability_TE.sum(0)
+
+
+def load_loss(clean_TE: Tensor, noisy_TE: Tensor, scale_TE: Tensor, k: int, valid: Tensor | None = None) -> Tensor:
+    """CV² of the smooth load (Shazeer et al. 2017, equation 11); 0 when every expert is always chosen."""
+    if k >= clean_TE.shape[-1]:
+        return clean_TE.new_zeros(())
+    return cv_squared(smooth_load(clean_TE, noisy_TE, scale_TE, k, valid))
+
+
+def switch_loss(probs_TE: Tensor, columns_TK: Tensor, valid: Tensor | None = None) -> Tensor:
+    """E · Σ fᵢ Pᵢ with fᵢ the share of assignments and Pᵢ the mean probability of expert i: 1 when balanced.
+
+    Fedus et al. 2021 (Switch), https://arxiv.org/abs/2101.03961, equations 4 to 6; for K > 1 the shares are of T·K
+    assignments. The gradient flows through P only.
+    """
+    tokens, n = probs_TE.shape
+    k = columns_TK.shape[1]
+    if valid is None:
+        ones, amount, probs_E = probs_TE.new_ones(tokens * k), max(tokens, 1), probs_TE.sum(0)
+    else:
+        ones = valid.to(probs_TE.dtype).repeat_interleave(k)
+        amount, probs_E = valid.sum().clamp(min=1), torch.where(valid.unsqueeze(1), probs_TE, 0.0).sum(0)
+    counts_E = probs_TE.new_zeros(n).scatter_add(0, columns_TK.reshape(-1), ones)
+    return (counts_E * probs_E).sum() * n / (amount * amount * k)
+
+
+def z_loss(logits_TE: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean squared logsumexp of the scores, which keeps them small (Zoph et al. 2022, ST-MoE, equation 5)."""
+    return _mean(logits_TE.logsumexp(-1).square(), valid)
+
+
+def entropy_loss(logits_TE: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean entropy in nats of each token's distribution over experts: minimise it for decided routing."""
+    log_probs_TE = logits_TE.log_softmax(-1)
+    return _mean(-(log_probs_TE.exp() * log_probs_TE).sum(-1), valid)

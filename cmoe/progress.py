@@ -1,0 +1,168 @@
+"""What a run tracks: the bridge from a session to the write-ahead log and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cmoe.config.plan import Plan
+from cmoe.learners import Model
+from cmoe.metrics import Record
+from cmoe.metrics.catalogue import compute
+from cmoe.metrics.record import INITIAL
+from cmoe.rundir import RunFolder
+from cmoe.streams import Stream
+from cmoe.timeline import Timeline
+from cmoe.tracking import layout
+from cmoe.tracking.figures import ExpertLife, RouterLoad
+from cmoe.tracking.store import locate
+from cmoe.tracking.tracker import Tracker
+
+Loads = Mapping[int, Mapping[int, Mapping[str, Mapping[int, int]]]]  # row, experience, layer, expert -> tokens
+
+
+class Progress:
+    """One run's log.
+
+    Args:
+        folder: the run's.
+        plan: the run's.
+        stream: the run's.
+        environment: what `cmoe.environment.environment` found.
+        note: told once when the tracking server cannot be reached.
+    """
+
+    def __init__(
+        self, folder: RunFolder, plan: Plan, stream: Stream, environment: dict[str, Any], note: Any = None
+    ) -> None:
+        self.folder, self.plan, self.stream, self.environment = folder, plan, stream, environment
+        self.last_loss: float | None = None
+        tracking = plan.tracking
+        location = locate(tracking["root"], tracking["uri"]) if tracking["enabled"] else None
+        self.tracker = Tracker(
+            folder.path, folder.id, plan.experiment, location, **({"on_problem": note} if note else {})
+        )
+
+    def start(self) -> None:
+        """Log what is known before training."""
+        if self.folder.wal.exists():  # killed before the first checkpoint
+            self.tracker.resume(0)
+        layout.log_start(
+            self.tracker,
+            self.plan.to_dict(),
+            self.plan.strategies,
+            self.plan.label,
+            data=(self.stream.name, self.stream.fingerprint),
+            commit=self.environment["git"],
+        )
+
+    def resume(self, length: int) -> None:
+        """Go back to the log as a checkpoint knew it."""
+        self.tracker.resume(length)
+
+    def baseline(self, record: Record) -> None:
+        """The row of the initial model."""
+        layout.log_row(self.tracker, record, INITIAL)
+
+    def structure(self, model: Model, row: int) -> None:
+        """The model's size for the segment that begins."""
+        total, active = model.parameter_counts()
+        layout.log_model(self.tracker, total, active, row)
+
+    def losses(self, values: dict[str, float], step: int) -> None:
+        """A point of the training curves."""
+        self.last_loss = values["train/loss"]
+        self.tracker.metrics(values, step)
+
+    def row(self, row: int, record: Record, facts: Mapping[str, float], unseen_masked: bool) -> dict[str, float]:
+        """A row of the matrix, every metric as of it, and the strategies' figures; returns the metrics there are."""
+        self.tracker.metrics(facts, row)
+        if row not in record.rows:  # evaluated only every n-th experience
+            return {}
+        values = layout.log_row(self.tracker, record, row, unseen_masked=unseen_masked)
+        return {name: v.value for name, v in values.items() if v.value is not None}
+
+    def finish(
+        self, record: Record, model: Model, timeline: Timeline, loads: Loads, seconds: float, unseen_masked: bool
+    ) -> dict[str, Any]:
+        """Figures and tables of the whole run; returns the facts for `run.json`."""
+        values = compute(record, unseen_masked=unseen_masked)
+        pictures = layout.log_matrices(self.tracker, record, self.folder.id)
+        layout.log_metrics_table(self.tracker, values)
+        names = [e.name for e in self.stream.experiences]
+        last = loads[max(loads)] if loads else {}
+        shares = _shares(last, len(names))
+        if shares or timeline.events:
+            lives = _lives(timeline, model, shares)
+            pictures += layout.log_experts(self.tracker, lives, shares, names, self.folder.id)
+        total, active = model.parameter_counts()
+        self.tracker.metrics({"time/wall_seconds": seconds}, record.last)
+        return {
+            "metrics": {name: v.value for name, v in values.items()},
+            "reasons": {name: v.reason for name, v in values.items() if v.reason},
+            "parameters_total": total,
+            "parameters_active": active,
+            "wall_seconds": round(seconds, 3),
+            "pictures": [str(p.relative_to(self.folder.path)) for p in pictures],
+        }
+
+    def sync(self) -> int:
+        """Make the log durable; returns its length."""
+        return self.tracker.sync()
+
+    def commit(self, length: int) -> None:
+        """A durable checkpoint holds `length`: what came before may be delivered."""
+        self.tracker.commit(length)
+
+    def close(self, status: str) -> bool:
+        """End the run as 'FINISHED', 'FAILED' or 'KILLED'; returns whether everything was delivered."""
+        return self.tracker.finish(status)
+
+
+def _shares(load: Mapping[int, Mapping[str, Mapping[int, int]]], experiences: int) -> list[RouterLoad]:
+    """Per layer, the share of each experience's tokens that went to each expert."""
+    layers = list(dict.fromkeys(layer for by_layer in load.values() for layer in by_layer))
+    shares = []
+    for layer in layers:
+        experts = tuple(sorted({e for by_layer in load.values() for e in by_layer.get(layer, {})}))
+        share = np.full((experiences, len(experts)), np.nan)
+        for j, by_layer in load.items():
+            counts = by_layer.get(layer, {})
+            total = sum(counts.values())
+            if total:
+                share[j] = [counts.get(e, 0) / total for e in experts]
+        shares.append(RouterLoad(layer, experts, share))
+    return shares
+
+
+def _lives(timeline: Timeline, model: Model, shares: list[RouterLoad]) -> list[ExpertLife]:
+    """The life of each expert that ever was; one no strategy spoke of was there from the start."""
+    added: dict[tuple[str, int], int] = {}
+    frozen: dict[tuple[str, int], int] = {}
+    removed: dict[tuple[str, int], int] = {}
+    for event in timeline.events:
+        place = {"added": added, "frozen": frozen, "removed": removed}[event["kind"]]
+        for expert in event["experts"]:
+            place.setdefault((event["layer"], expert), event["experience"])
+    for name, layer in model.moe_layers().items():
+        for expert in layer.ids:
+            added.setdefault((name, expert), 0)
+    used: dict[tuple[str, int], dict[int, float]] = {}
+    for load in shares:
+        for k, expert in enumerate(load.experts):
+            column = load.share[:, k]
+            used[load.layer, expert] = {j: float(s) for j, s in enumerate(column) if np.isfinite(s) and s > 0}
+    return [
+        ExpertLife(
+            layer,
+            expert,
+            when,
+            # frozen when a later experience began, which is after the training of the one before
+            frozen=None if (layer, expert) not in frozen else frozen[layer, expert] - 1,
+            removed=removed.get((layer, expert)),
+            used=used.get((layer, expert), {}),
+        )
+        for (layer, expert), when in added.items()
+    ]

@@ -1,0 +1,473 @@
+"""The state of one run: everything that `cmoe.runner.train` walks through, saves and restores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cmoe import checkpoint
+from cmoe.assembly import component, make_model, make_objective, make_stream, seed_for
+from cmoe.config.plan import Plan
+from cmoe.environment import differences, environment
+from cmoe.errors import RunFailed, UserError
+from cmoe.evaluation import Evaluator, Load, router_drift
+from cmoe.fit import Placement, fit
+from cmoe.learners import Learner
+from cmoe.metrics import Record
+from cmoe.plugins import Catalogue
+from cmoe.progress import Progress
+from cmoe.reporting import Reporter
+from cmoe.rundir import RunFolder, now
+from cmoe.strategies import Avalanche, Context, Phase, Segment, Strategy
+from cmoe.streams import BatchScheduler, DataFolder
+from cmoe.timeline import Timeline
+
+SMALL = 2_000_000  # parameters; below it a second thread costs more than it gives
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the state is saved."""
+
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        segment: number of the segment that is trained, or comes next.
+        phase: number of its phase in progress; None between segments.
+        loader: the batch scheduler's state inside a phase.
+    """
+
+    segment: int = 0
+    phase: int | None = None
+    loader: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"segment": self.segment, "phase": self.phase, "loader": self.loader}
+
+
+@dataclass
+class Session:
+    """One run, new or going on.
+
+    Attributes:
+        plan: the checked configuration.
+        folder: where the run lives.
+        catalogue: components by name.
+        data: where data sets are.
+        reporter: told what happens.
+        anyway: go on although the machine or the versions changed.
+        stop: asked between chunks whether the user wants to stop.
+    """
+
+    plan: Plan
+    folder: RunFolder
+    catalogue: Catalogue
+    data: DataFolder
+    reporter: Reporter = field(default_factory=Reporter)
+    anyway: bool = False
+    stop: Any = None
+
+    # -- the beginning ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Build everything, then restore the last checkpoint or evaluate the initial model."""
+        plan = self.plan
+        self.started = time.monotonic()
+        self.stream = make_stream(plan, self.catalogue, self.data)
+        self.placement = Placement(_accelerator(plan.trainer["accelerator"]), plan.trainer["precision"])
+        self.model = self._build("model")
+        self.threads = self._set_threads()
+        checkpoint.seed_generators(seed_for(plan.seed, "global"))
+        self.objective = make_objective(plan, self.stream, self.model.head)
+        self.timeline = Timeline()
+        self.strategies: list[Strategy] = [component(self.catalogue, "strategy", spec) for spec in plan.strategy]
+        self.context = self._context()
+        for strategy in self.strategies:
+            strategy.setup(self.context)
+        self.native = next((s for s in self.strategies if isinstance(s, Avalanche)), None)
+        self.segments = self._segments()
+        self.scheduler_options = component(self.catalogue, "scheduler", plan.scheduler)
+        self.optimizer_options = component(
+            self.catalogue, "optimizer", {k: v for k, v in plan.optimizer.items() if k != "reset"}
+        )
+        self.evaluator = Evaluator(plan, self.stream, self.model, self.placement, self.strategies)
+        self.environment = environment(self.threads, str(self.placement.device))
+        self.position = Position()
+        self.carried: dict[str, dict[str, Any]] = {}
+        self.loads: dict[int, dict[int, Load]] = {}
+        self.saved = 0
+        self.earlier_seconds = 0.0
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.learner = Learner(
+            self.model,
+            self.objective,
+            self.strategies,
+            clip_norm=plan.trainer["clip_norm"],
+            clip_value=plan.trainer["clip_value"],
+            log=self._log_losses,
+            log_every=plan.trainer["log_every"],
+        )
+        state = None if self.native is not None else checkpoint.load(self.folder.state)
+        if state is None:
+            self._start()
+        else:
+            self._restore(state)
+        self.last_save = time.monotonic()
+
+    def _start(self) -> None:
+        self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
+        self.progress.start()
+        self.folder.update(status="RUNNING", environment=self.environment, data=self.stream.fingerprint)
+        self.record = self.evaluator.new_record()
+        self.record.save_targets(self.folder.rows)
+        if self.plan.evaluation["initial"] and len(self.model.head):
+            self.record.add_row(-1, self.evaluator.row(self._columns(), [], []))
+            self.record.save_row(self.folder.rows, -1)
+            self.progress.baseline(self.record)
+        self.save()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["data"] != self.stream.fingerprint and not self.anyway:
+            raise UserError(
+                f"run {self.folder.id}: the data changed since the run began; --anyway goes on all the same"
+            )
+        changed = differences(state["environment"], self.environment)
+        if changed and not self.anyway:
+            raise UserError(
+                f"run {self.folder.id}: not bit-identical here ({'; '.join(changed)}); --anyway goes on all the same"
+            )
+        self.position = Position(**state["position"])
+        self.context.seen, self.context.previous = list(state["seen"]), list(state["previous"])
+        self.model.restore_structure(state["structure"])
+        self.model.load_state_dict(state["model"])
+        self.model.to(self.placement.device)
+        for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
+            strategy.load_state_dict(saved)
+        self.record = Record.load(self.folder.rows, rows=state["rows"])
+        self.timeline.events = state["timeline"]
+        self.loads = state["loads"]
+        self.carried = state["carried"]
+        self.learner.steps = state["steps"]
+        self.saved = state["number"]
+        self.earlier_seconds = state["seconds"]
+        self._optimizer_state = state["optimizer"]
+        self._phase_steps = state["phase_steps"]
+        self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
+        self.progress.resume(state["wal"])
+        self.folder.update(status="RUNNING")
+        # last: building and loading may draw random numbers
+        checkpoint.restore_generators(state["generators"])
+
+    def _build(self, purpose: str) -> Any:
+        model = make_model(self.plan, self.catalogue, self.stream, purpose)
+        if model.head.kind == "multi":
+            # all heads from the start: what a task's outputs begin with does not depend on when it comes
+            with torch.random.fork_rng(devices=[]):
+                for experience in self.stream.experiences:
+                    torch.manual_seed(seed_for(self.plan.seed, f"{purpose} head {experience.index}"))
+                    model.head.add(range(256) if self.stream.language else experience.classes, experience.index)
+        return model.to(self.placement.device, self.placement.dtype)
+
+    def _context(self) -> Context:
+        plan = self.plan
+        return Context(
+            stream=self.stream,
+            model=self.model,
+            objective=self.objective,
+            seed=lambda purpose: seed_for(plan.seed, purpose),
+            fresh_model=self._build,
+            device=self.placement.device,
+            event=self.timeline.add,
+            options=plan.to_dict(),
+        )
+
+    def _set_threads(self) -> int:
+        """The threads that the run began with; a new one takes what the plan says, else one for a small model."""
+        recorded = self.folder.facts().get("environment", {}).get("threads")
+        wanted = recorded or self.plan.trainer["threads"]
+        if not wanted:
+            small = sum(p.numel() for p in self.model.parameters()) < SMALL
+            most = int(os.environ.get("CMOE_MAX_THREADS", 0)) or os.cpu_count() or 1
+            wanted = 1 if small else most
+        torch.set_num_threads(wanted)
+        return wanted
+
+    def _segments(self) -> list[Segment]:
+        limit = self.plan.stream["limit"] or len(self.stream.experiences)
+        groups = [tuple(e for e in group if e < limit) for group in self.stream.segments]
+        segments = [Segment(i, group) for i, group in enumerate(g for g in groups if g)]
+        for strategy in self.strategies:
+            segments = strategy.segments(segments)
+        return segments
+
+    # -- the walk -----------------------------------------------------------------------------------------------
+
+    @property
+    def inside_segment(self) -> bool:
+        """Whether the run was restored in the middle of a segment."""
+        return self.position.phase is not None
+
+    def remaining(self) -> Iterator[Segment]:
+        """Segments that are not complete."""
+        first = self.position.segment
+        for segment in self.segments[first:]:
+            name = ", ".join(self.stream.experiences[e].name for e in segment.experiences)
+            self.reporter.segment(segment.number, len(self.segments), name, self.inside_segment)
+            yield segment
+
+    def begin(self, segment: Segment) -> None:
+        """Make the segment's classes known and give them outputs."""
+        self.segment_seconds = time.monotonic()
+        known = set(self.context.seen)
+        new = [c for e in segment.experiences for c in self.stream.experiences[e].classes]
+        self.context.previous = list(self.context.seen)
+        self.context.seen += [c for c in dict.fromkeys(new) if c not in known]
+        self._grow_head(new)
+
+    def _grow_head(self, classes: list[int]) -> None:
+        head = self.model.head
+        if head.kind != "growing":
+            return
+        if self.stream.language:
+            classes = list(range(256))
+        new = [c for c in dict.fromkeys(classes) if c not in head.classes]
+        if new:
+            with self.context.seeded(f"head {new}"):
+                head.add(new)
+
+    def announce(self, segment: Segment) -> None:
+        """Track what the strategies made of the model for this segment."""
+        self.progress.structure(self.model, segment.last)
+
+    def remaining_phases(self, segment: Segment) -> Iterator[tuple[int, Phase]]:
+        """The segment's phases that are not complete."""
+        self.segment_seconds = getattr(self, "segment_seconds", time.monotonic())
+        self.objective.begin(self.context.seen, self._current(segment))
+        phases = [Phase()]
+        for strategy in self.strategies:
+            phases = strategy.phases(segment, phases)
+        yield from list(enumerate(phases))[self.position.phase or 0 :]
+
+    def _current(self, segment: Segment) -> list[int]:
+        return list(dict.fromkeys(c for e in segment.experiences for c in self.stream.experiences[e].classes))
+
+    def fit(self, segment: Segment, number: int, phase: Phase) -> None:
+        """One phase of a segment, from its beginning or from where it was interrupted."""
+        plan = self.plan
+        data = [d for d in (s.data(segment) for s in self.strategies) if d is not None]
+        experiences = data[0] if data else [self.stream.experiences[e] for e in segment.experiences]
+        parts = [p for e in experiences for p in e.parts or ()] or None
+        self.loader = BatchScheduler(
+            [(e.train, e.index) for e in experiences],
+            self.stream.transform,
+            batch_size=plan.trainer["batch_size"],
+            epochs=phase.epochs or plan.trainer["epochs"],
+            max_steps=plan.trainer["max_steps"],
+            chunk=plan.trainer["chunk"],
+            seed=plan.seed,
+            experience=segment.last,
+            phase=number,
+            parts=parts,
+        )
+        parameters = list(phase.parameters()) if phase.parameters else self._trainable()
+        if not parameters:
+            raise RunFailed(f"experience {segment.last}: nothing is left to train, everything is frozen")
+        self.optimizer = self.optimizer_options.build(parameters)
+        total = self.loader.steps
+        constant = plan.scheduler["name"] == "constant"
+        rates = None if constant else lambda step: self.scheduler_options.factor(step, total)
+        self.learner.begin_phase(self.optimizer, rates, phase.loss, phase.hooks)
+        if self.position.phase == number:
+            assert self.position.loader is not None
+            self.loader.load_state_dict(self.position.loader)
+            self.optimizer.load_state_dict(self._optimizer_state)
+            self.learner.phase_steps = self._phase_steps
+        elif plan.optimizer["reset"] == "never":
+            self._take_carried(parameters)
+        self.position = Position(segment.number, number, None)
+        self.model.train()
+        for strategy in self.strategies:
+            strategy.before_phase(segment, phase)
+        try:
+            fit(self.learner, self.loader, self.placement, lambda: self._tick(phase))
+        except FloatingPointError as error:
+            raise RunFailed(f"experience {segment.last}: {error}; a smaller optimizer.lr may help") from error
+        self.model.to(self.placement.device)
+        if plan.optimizer["reset"] == "never":
+            self._keep_carried()
+        self.optimizer = None
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _keep_carried(self) -> None:
+        assert self.optimizer is not None
+        state = self.optimizer.state
+        self.carried = {n: dict(state[p]) for n, p in self.model.named_parameters() if p in state}
+
+    def _take_carried(self, parameters: list[torch.nn.Parameter]) -> None:
+        assert self.optimizer is not None
+        wanted = set(parameters)
+        for name, parameter in self.model.named_parameters():
+            state = self.carried.get(name)
+            if parameter in wanted and state is not None and all(_fits(v, parameter) for v in state.values()):
+                self.optimizer.state[parameter] = dict(state)
+
+    def _tick(self, phase: Phase) -> None:
+        """Between two chunks."""
+        self.reporter.progress(phase.name, self.learner.phase_steps, self.loader.steps, self.progress.last_loss)
+        if self.stop is not None and self.stop():
+            self.save(inside=True)
+            raise Interrupted
+        if time.monotonic() - self.last_save > self.plan.checkpoint["every_seconds"]:
+            self.save(inside=True)
+
+    def train_natively(self, segment: Segment) -> None:
+        """A segment in Avalanche's own loop."""
+        assert self.native is not None
+        if self.optimizer is None:
+            self.optimizer = self.optimizer_options.build(self._trainable())
+        self.segment_seconds = time.monotonic()
+        self.native.train(segment, self.optimizer)
+        if self.stop is not None and self.stop():
+            raise Interrupted
+
+    # -- the end of a segment -----------------------------------------------------------------------------------
+
+    def _columns(self) -> list[int]:
+        return list(range(len(self.stream.experiences)))
+
+    def evaluate(self, segment: Segment) -> None:
+        """The segment's row of the matrix."""
+        self.train_seconds = time.monotonic() - self.segment_seconds
+        last = segment.number == len(self.segments) - 1
+        if not last and (segment.number + 1) % self.plan.evaluation["every"]:
+            return
+        learned = sorted({e for s in self.segments[: segment.number + 1] for e in s.experiences})
+        columns = learned if self.plan.evaluation["rows"] == "seen" else self._columns()
+        self.record.add_row(segment.last, self.evaluator.row(columns, self.context.seen, learned))
+        self.record.save_row(self.folder.rows, segment.last)
+        self.loads[segment.last] = self.evaluator.load
+
+    def end(self, segment: Segment) -> None:
+        """Track the row and save the exact state."""
+        facts = {k: v for s in self.strategies for k, v in s.facts().items()}
+        facts["time/train_seconds"] = self.train_seconds
+        drift = self._drift(segment)
+        if drift is not None:
+            facts["router/drift"] = drift
+        values = self.progress.row(segment.last, self.record, facts, self._unseen_masked())
+        self.reporter.row(segment.last, values)
+        del self.segment_seconds
+        self.position = Position(segment.number + 1)
+        if self.native is None:
+            self.save()
+
+    def _drift(self, segment: Segment) -> float | None:
+        """How far the routing of old experiences moved since the row before, mean over them."""
+        rows = sorted(self.loads)
+        if len(rows) < 2 or rows[-1] != segment.last:
+            return None
+        before, after = self.loads[rows[-2]], self.loads[rows[-1]]
+        moved = [router_drift(before[j], after[j]) for j in before if j in after]
+        known = [m for m in moved if m is not None]
+        return sum(known) / len(known) if known else None
+
+    def _unseen_masked(self) -> bool:
+        return self.plan.model["eval_outputs"] == "seen" or self.model.head.kind == "growing"
+
+    def close(self) -> dict[str, Any]:
+        """Figures, tables and the end of the run."""
+        seconds = self.earlier_seconds + time.monotonic() - self.started
+        facts = self.progress.finish(self.record, self.model, self.timeline, self.loads, seconds, self._unseen_masked())
+        # nothing of this is delivered before the run counts as finished: a kill until then repeats it unseen
+        wal = self.progress.sync()
+        facts = self.folder.update(status="FINISHED", finished=now(), segments=len(self.segments), **facts)
+        self.progress.commit(wal)
+        self.progress.close("FINISHED")
+        self.reporter.finished(facts)
+        return facts
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save(self, inside: bool = False) -> None:
+        """The exact state, durable; what was tracked until now may be delivered."""
+        self.position.loader = loader = self.loader.state_dict() if inside else None
+        assert loader is None or loader["done"] == self.learner.phase_steps, "a chunk was fetched ahead"
+        if not inside:
+            self.position.phase = None
+        self.saved += 1
+        wal = self.progress.sync()
+        checkpoint.save(
+            self.folder.state,
+            self.saved,
+            {
+                "position": self.position.to_dict(),
+                "seen": self.context.seen,
+                "previous": self.context.previous,
+                "structure": self.model.structure(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict() if inside and self.optimizer is not None else None,
+                "carried": self.carried,
+                "strategies": [s.state_dict() for s in self.strategies],
+                "generators": checkpoint.generators(),
+                "rows": self.position.segment and self.segments[self.position.segment - 1].last + 1,
+                "timeline": self.timeline.to_list(),
+                "loads": self.loads,
+                "steps": self.learner.steps,
+                "phase_steps": self.learner.phase_steps,
+                "seconds": self.earlier_seconds + time.monotonic() - self.started,
+                "wal": wal,
+                "data": self.stream.fingerprint,
+                "environment": self.environment,
+            },
+            self.plan.checkpoint["keep"],
+        )
+        self.progress.commit(wal)
+        self.last_save = time.monotonic()
+
+    def _log_losses(self, values: dict[str, float], step: int) -> None:
+        self.progress.losses(values, step)
+
+    @contextlib.contextmanager
+    def watched(self) -> Generator[None]:
+        """Record in `run.json` how the work on the run ended."""
+        try:
+            yield
+        except Interrupted:
+            self._ended("INTERRUPTED")
+            raise
+        except BaseException as error:
+            self._ended("FAILED", error=f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+
+    def _ended(self, status: str, **facts: Any) -> None:
+        self.folder.update(status=status, **facts)
+        progress = getattr(self, "progress", None)
+        if progress is not None:
+            progress.close("KILLED" if status == "INTERRUPTED" else "FAILED")
+
+
+def _fits(value: Any, parameter: torch.nn.Parameter) -> bool:
+    return not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape
+
+
+def _accelerator(name: str) -> str:
+    """'cpu' or 'gpu'.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "gpu" and not available:
+        raise UserError("trainer.accelerator: expected a GPU that torch can use, found none")
+    return "gpu" if name == "gpu" or (name == "auto" and available) else "cpu"

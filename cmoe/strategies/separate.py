@@ -1,0 +1,57 @@
+"""One network per task: no sharing, no forgetting."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cmoe.learners.model import Model
+from cmoe.strategies.base import Segment, Strategy
+
+
+class Separate(Strategy):
+    """A network of its own for every experience, chosen by the task label; the control for adding experts."""
+
+    owns_predict: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.networks: dict[int, dict[str, Any]] = {}
+        self._loaded: tuple[int, Model] | None = None
+
+    def before_experience(self, segment: Segment) -> None:
+        if segment.number > 0:
+            fresh = self.context.fresh_model(f"separate {segment.number}")
+            fresh.restore_structure(self.context.model.structure())
+            self.context.model.load_state_dict(fresh.state_dict())
+
+    def after_experience(self, segment: Segment) -> None:
+        model = self.context.model
+        for experience in segment.experiences:
+            self.networks[experience] = {
+                "structure": model.structure(),
+                "weights": {n: w.detach().clone() for n, w in model.state_dict().items()},
+            }
+        self._loaded = None
+
+    def predict(self, x: Tensor, task: int | None) -> Tensor | None:
+        if task is None or task not in self.networks:
+            return None
+        if self._loaded is None or self._loaded[0] != task:
+            network = self.context.fresh_model("separate network")
+            network.restore_structure(self.networks[task]["structure"])
+            network.load_state_dict(self.networks[task]["weights"])
+            self._loaded = task, network.to(self.context.device).eval()
+        return self._loaded[1](x, self.context.route(task)).logits
+
+    def facts(self) -> dict[str, float]:
+        sizes = [sum(w.numel() for w in n["weights"].values()) for n in self.networks.values()]
+        return {"separate/parameters": float(sum(sizes))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"networks": self.networks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.networks = dict(state["networks"])
+        self._loaded = None

@@ -1,0 +1,343 @@
+"""Properties over every router × expert × dispatch × dtype."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmoe.moe import MoELayer, RouteContext
+
+_spec = importlib.util.spec_from_file_location("moe_reference", Path(__file__).with_name("reference.py"))
+reference = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(reference)
+
+DIM, HIDDEN, OUT, TOKENS = 8, 16, 24, 37
+
+ROUTERS = {
+    "topk2": {"name": "topk", "k": 2},
+    "topk1_after": {"name": "topk", "k": 1, "order": "after"},
+    "topk3_after": {"name": "topk", "k": 3, "order": "after"},
+    "noisy": {"name": "topk", "k": 2, "noise": "shazeer", "importance": 0.1, "load": 0.1, "z": 0.001},
+    "table": {"name": "task_table"},
+}
+EXPERTS = {
+    "gelu": ("ffn", "gelu", {}),
+    "relu": ("ffn", "relu", {"bias": False}),
+    "swiglu": ("ffn", "swiglu", {}),
+    "linear_relu": ("linear", "relu", {}),
+    "linear_tanh": ("linear", "tanh", {"bias": False}),
+    "linear_none": ("linear", "none", {}),
+}
+PATHS = ("auto", "grouped", "loop", "bmm")
+DTYPES = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 6e-2}
+
+
+def make(router, expert, path="auto", dtype=torch.float32, added=True):
+    """A layer of several cohorts with an expert removed and a cohort split, so that nothing is in its simplest order."""
+    kind, activation, options = EXPERTS[expert]
+    layer = MoELayer(
+        DIM,
+        HIDDEN,
+        OUT,
+        experts=4,
+        expert={"name": kind, "activation": activation, **options},
+        router=dict(ROUTERS[router]),
+        dispatch=path,
+    )
+    if added:
+        layer.add_experts(1)
+        layer.add_experts(3)
+        layer.remove([2])
+        layer.freeze([6])
+        layer.thaw([6])
+        layer.assign([0], 0)
+        layer.assign([1, 4], 1)
+        layer.assign([6, 0, 7], 2)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if "router" in name:
+                p.normal_(0, 0.7)
+    return layer.to(dtype), kind, activation
+
+
+def context_for(router, tokens=TOKENS, **more):
+    if router != "table":
+        return RouteContext(**more)
+    return RouteContext(task=torch.arange(tokens) % 3, **more)
+
+
+CASES = list(itertools.product(ROUTERS, EXPERTS, PATHS, DTYPES))
+
+
+@pytest.mark.parametrize(("router", "expert", "path", "dtype"), CASES)
+def test_outputs_and_gradients_equal_a_dense_reference(router, expert, path, dtype):
+    if path == "grouped" and dtype == "float64":
+        pytest.skip("grouped_mm takes no float64")
+    tolerance = DTYPES[dtype]
+    layer, kind, activation = make(router, expert, path, getattr(torch, dtype))
+    layer.eval()  # noise is checked on its own
+    x = torch.randn(TOKENS, DIM, dtype=getattr(torch, dtype), requires_grad=True)
+    context = context_for(router)
+    y, routing = layer(x, context)
+    assert y.shape == (TOKENS, OUT)
+    assert y.dtype == x.dtype
+
+    params = reference.leaves(layer)
+    x64 = x.detach().double().requires_grad_()
+    chosen = [set(row) - {-1} for row in routing.ids.tolist()]
+    if router == "table":
+        wanted = [{0}, {1, 4}, {6, 0, 7}]
+        assert chosen == [wanted[t % 3] for t in range(TOKENS)]
+        weights = torch.tensor([[(e in row) / len(row) for e in layer.ids] for row in chosen], dtype=torch.float64)
+    else:
+        weights = reference.topk_weights(layer, x64, params, chosen, ROUTERS[router].get("order", "before"))
+        if dtype != "bfloat16":  # the choice itself is the top k of the reference's logits
+            logits = x64 @ torch.cat([params[f"router.columns.{key}.weight"] for key in layer.cohort_ids]).T
+            best = logits.topk(ROUTERS[router]["k"], 1).indices.tolist()
+            assert chosen == [{layer.ids[c] for c in row} for row in best]
+    expected = reference.combine(reference.all_outputs(layer, x64, kind, activation, params), weights, layer.ids)
+    scale = max(1.0, float(expected.detach().abs().max()))
+    assert float((y.detach().double() - expected.detach()).abs().max()) <= tolerance * scale
+
+    direction = torch.randn(TOKENS, OUT, dtype=torch.float64).to(y.dtype)
+    (y * direction).sum().backward()
+    (expected * direction.double()).sum().backward()
+    got = {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    want = {"x": x64.grad, **{name: p.grad for name, p in params.items()}}
+    for name, value in want.items():
+        mine = got[name]
+        if mine is None:  # nobody of that cohort was chosen, or noise that was off
+            assert value is None or float(value.abs().max()) == 0, name
+            continue
+        value = torch.zeros_like(mine, dtype=torch.float64) if value is None else value
+        scale = max(1.0, float(value.abs().max()))
+        assert float((mine.double() - value).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("tasks", [0, 1, 2])
+def test_one_task_per_batch_equals_the_same_label_per_token(expert, tasks):
+    layer, _, _ = make("table", expert, dtype=torch.float64)
+    x = torch.randn(3, 5, DIM, dtype=torch.float64)
+    fast, uniform = layer(x, RouteContext(task=tasks))
+    slow, routing = layer(x, RouteContext(task=torch.full((15,), tasks)))
+    per_sample, _ = layer(x, RouteContext(task=torch.full((3,), tasks)))
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fast, per_sample, rtol=0, atol=1e-12)
+    assert torch.equal(uniform.ids, routing.ids)
+    assert torch.equal(uniform.weights, routing.weights)
+    assert fast.shape == (3, 5, OUT)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_permutation_equivariance(router, path):
+    layer, _, _ = make(router, "gelu", path)
+    layer.eval()
+    x = torch.randn(TOKENS, DIM)
+    order = torch.randperm(TOKENS)
+    context = context_for(router)
+    permuted = RouteContext(task=context.task[order]) if router == "table" else context
+    y, routing = layer(x, context)
+    y_permuted, routing_permuted = layer(x[order], permuted)
+    torch.testing.assert_close(y_permuted, y[order], rtol=1e-5, atol=1e-6)
+    assert torch.equal(routing_permuted.ids, routing.ids[order])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_causality(router):
+    layer, _, _ = make(router, "gelu")
+    layer.eval()
+    x = torch.randn(TOKENS, DIM)
+    changed = x.clone()
+    changed[20:] = torch.randn(TOKENS - 20, DIM)
+    y, routing = layer(x, context_for(router))
+    y_changed, routing_changed = layer(changed, context_for(router))
+    assert torch.equal(routing.ids[:20], routing_changed.ids[:20])
+    torch.testing.assert_close(y[:20], y_changed[:20], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_weights_and_k(router, training):
+    layer, _, _ = make(router, "gelu")
+    layer.train(training)
+    valid = torch.arange(TOKENS) % 4 != 0
+    _, routing = layer(torch.randn(TOKENS, DIM), context_for(router, valid=valid))
+    assert routing.ids.dtype == torch.int64
+    assert (routing.weights >= 0).all()
+    sums = routing.weights.sum(1)
+    if ROUTERS[router].get("order") == "after":
+        assert (sums[valid] <= 1 + 1e-6).all()
+        assert (sums[valid] > 0).all()
+    else:
+        torch.testing.assert_close(sums[valid], torch.ones(int(valid.sum())), rtol=0, atol=1e-6)
+    assert (sums[~valid] == 0).all()
+    assert (routing.ids[~valid] == -1).all()
+    for row, ok in zip(routing.ids.tolist(), valid.tolist(), strict=True):
+        present = [e for e in row if e != -1]
+        assert len(set(present)) == len(present)
+        assert set(present) <= set(layer.ids)
+        if layer.router.exact_k and ok:
+            assert len(present) == layer.router.k
+    assert bool(routing.aux) == (training and router != "table")
+    assert all(value.dim() == 0 and value.isfinite() for value in routing.aux.values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_empty_batch_and_one_token(router, path, tokens):
+    layer, _, _ = make(router, "swiglu", path)
+    x = torch.randn(tokens, DIM, requires_grad=True)
+    y, routing = layer(x, context_for(router, tokens))
+    assert y.shape == (tokens, OUT)
+    assert routing.ids.shape[0] == tokens
+    (y.sum() + sum(routing.aux.values())).backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_gradient_to_unselected_experts_and_none_to_frozen_ones(path):
+    layer, _, _ = make("topk2", "gelu", path)
+    layer.freeze([0, 1])
+    visible = (0, 1, 3, 4)  # 5, 6, 7 and their columns must see nothing
+    x = torch.randn(TOKENS, DIM, requires_grad=True)
+    y, routing = layer(x, RouteContext(visible=visible))
+    assert routing.columns == tuple(e for e in layer.ids if e in visible)
+    assert set(routing.ids.flatten().tolist()) <= set(visible)
+    (y.square().sum() + sum(routing.aux.values())).backward()
+    assert x.grad.abs().sum() > 0
+    for modules in layer.stacked_modules():
+        for key, module in modules.items():
+            for row, expert in enumerate(layer.cohort_ids[key]):
+                for p in module.parameters():
+                    if expert in (0, 1):
+                        assert p.grad is None
+                    elif expert in visible:
+                        assert p.grad[row].abs().sum() > 0
+                    else:
+                        assert p.grad is None or p.grad[row].abs().sum() == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("idle", [True, False])
+def test_zero_token_experts(path, idle):
+    """One busy expert among many: right output, and a gradient of exactly zero for the idle ones."""
+    layer, kind, activation = make("table", "gelu", path, added=False)
+    tasks = torch.full((TOKENS,), 1) if idle else torch.arange(TOKENS) % 2
+    x = torch.randn(TOKENS, DIM)
+    y, _ = layer(x, RouteContext(task=tasks))
+    outputs = reference.all_outputs(layer, x.double(), kind, activation, reference.leaves(layer))
+    expected = torch.stack([outputs[int(t)][i] for i, t in enumerate(tasks)])
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    used = set(tasks.tolist())
+    for p in layer.cohorts["0"].parameters():
+        for expert in range(4):
+            assert bool(p.grad[expert].abs().sum() > 0) == (expert in used)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_exact_replay(router, path):
+    layer, _, _ = make(router, "gelu", path)
+    layer.eval()
+    x = torch.randn(TOKENS, DIM)
+    context = context_for(router, valid=torch.arange(TOKENS) % 5 != 0)
+    y, routing = layer(x, context)
+    recorded = routing.ids.clone()
+    y_again, again = layer(x, RouteContext(replay=recorded))
+    assert torch.equal(y, y_again)
+    assert torch.equal(again.ids, recorded)
+    assert torch.equal(again.weights, routing.weights)
+    # other weights, the same choice
+    with torch.no_grad():
+        for p in layer.router.parameters():
+            p.normal_()
+    _, moved = layer(x, RouteContext(replay=recorded))
+    assert torch.equal(moved.ids, recorded)
+    recorded[3, 0] = 2  # was removed
+    with pytest.raises(ValueError, match=r"replay.*\[2\]"):
+        layer(x, RouteContext(replay=recorded))
+
+
+def test_noise_is_drawn_from_the_generator_and_only_in_training():
+    layer, _, _ = make("noisy", "gelu")
+    x = torch.randn(TOKENS, DIM)
+
+    def run(seed):
+        return layer(x, RouteContext(generator=torch.Generator().manual_seed(seed)))[1]
+
+    state = torch.get_rng_state()
+    assert torch.equal(run(1).weights, run(1).weights)
+    assert not torch.equal(run(1).weights, run(2).weights)
+    assert torch.equal(torch.get_rng_state(), state)
+    layer.eval()
+    assert torch.equal(run(1).weights, run(2).weights)
+    assert not torch.equal(layer(x, RouteContext(training=True))[1].weights, run(1).weights)
+
+
+def test_noisy_weights_follow_the_paper():
+    """H = xWg + N(0,1)·softplus(xWn), top-k, softmax (Shazeer et al. 2017, equations 3 to 5)."""
+    layer = MoELayer(DIM, HIDDEN, experts=5, router={"name": "topk", "k": 2, "noise": "shazeer"}).double()
+    columns = layer.router.columns["0"]
+    with torch.no_grad():
+        columns.noise.normal_()
+    x = torch.randn(TOKENS, DIM, dtype=torch.float64)
+    _, routing = layer(x, RouteContext(generator=torch.Generator().manual_seed(3)))
+    noise = torch.randn(TOKENS, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    h = x @ columns.weight.T + noise * torch.log1p((x @ columns.noise.T).exp())
+    values, ids = h.sort(1, descending=True)
+    assert torch.equal(routing.ids, ids[:, :2])
+    expected = values[:, :2].exp() / values[:, :2].exp().sum(1, keepdim=True)
+    torch.testing.assert_close(routing.weights, expected, rtol=0, atol=1e-12)
+
+
+def test_autocast_keeps_scores_in_float32_and_every_path_agrees():
+    outputs = []
+    for path in PATHS:
+        torch.manual_seed(1)
+        layer, _, _ = make("topk2", "gelu", path)
+        x = torch.randn(TOKENS, DIM)
+        exact, want = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, routing = layer(x)
+        assert routing.logits.dtype == torch.float32
+        assert torch.equal(routing.ids, want.ids)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), exact, rtol=5e-2, atol=5e-2)
+        y.float().sum().backward()
+        outputs.append(y)
+
+
+def test_gradients_through_torch_func():
+    layer, _, _ = make("topk2", "gelu", "loop")
+    x = torch.randn(TOKENS, DIM)
+    params = dict(layer.named_parameters())
+
+    def loss(p):
+        return torch.func.functional_call(layer, p, (x,))[0].square().sum()
+
+    grads = torch.func.grad(loss)(params)
+    layer(x)[0].square().sum().backward()
+    for name, p in params.items():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(grads[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_runs_are_bit_identical():
+    def once():
+        torch.manual_seed(5)
+        layer, _, _ = make("noisy", "swiglu")
+        x = torch.randn(TOKENS, DIM, requires_grad=True)
+        y, routing = layer(x)
+        (y.square().sum() + sum(routing.aux.values())).backward()
+        return [y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
