@@ -122,6 +122,12 @@ class Session:
         else:
             self._restore(state)
         self.last_save = time.monotonic()
+        facts = {
+            "segments": len(self.segments),
+            "parameters": self.model.parameter_counts()[0],
+            "device": f"{self.placement.device}, {self.threads} thread{'s' * (self.threads > 1)}",
+        }
+        self.reporter.started(self.folder.id, facts)
 
     def _start(self) -> None:
         self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)

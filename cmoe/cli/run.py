@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from cmoe.cli.common import DONE, INTERRUPTED, Parser, catalogue, data, emit, report_broken
-from cmoe.errors import RunFailed, UserError
+from cmoe.cli.common import Parser, catalogue, data, report_broken
 
 
 def add_arguments(parser: Parser) -> None:
@@ -28,43 +26,15 @@ def main(args: argparse.Namespace) -> int:
     first = study.plans[0]
     print(f"cmoe: experiment {first.experiment}: {what} on {first.stream['name']}, seed {first.seed}", file=sys.stderr)
     print("cmoe: importing torch, Lightning and Avalanche takes 10 to 20 s", file=sys.stderr, flush=True)
-    return _train(args, study.plans, found)
-
-
-def _train(args: argparse.Namespace, plans: list[Any], found: Any) -> int:
     from cmoe import api
-    from cmoe.cli.console import Console, StopFlag
-    from cmoe.session import Interrupted
+    from cmoe.cli.execute import Work, execute
+    from cmoe.config.plan import Plan
+    from cmoe.rundir import RunFolder
 
-    console, done = Console(), []
-    stop = StopFlag(console.line)
     where = data(args)
-    with stop.installed(), console.drawing():
-        for plan in plans:
-            console.name = plan.label
-            folder = api.new_run(plan)
-            try:
-                done.append(api.start_in(plan, folder, found, where, console, stop))
-            except Interrupted:
-                print(f"cmoe: interrupted; go on with: cmoe resume {folder.id}", file=sys.stderr)
-                emit(args, {"interrupted": folder.id, "runs": done})
-                return INTERRUPTED
-            except (UserError, RunFailed) as error:
-                if isinstance(error, RunFailed):
-                    raise RunFailed(f"{error} (resume with: cmoe resume {folder.id})") from error
-                raise
-            except Exception as error:
-                raise RunFailed(
-                    f"{_line(error)}; run {folder.id} is kept, resume with: cmoe resume {folder.id}"
-                ) from error
-    emit(args, {"experiment": plans[0].experiment, "runs": done})
-    if not args.json:
-        from cmoe.cli.results import show_runs
 
-        show_runs(done, plans[0].tracking["root"])
-    return DONE
+    def work(plan: Plan, folder: RunFolder) -> Work:
+        return lambda console, stop: api.start_in(plan, folder, found, where, console, stop)
 
-
-def _line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+    folders = ((plan, api.new_run(plan)) for plan in study.plans)
+    return execute(args, ((folder, plan.label, work(plan, folder)) for plan, folder in folders))

@@ -1,0 +1,119 @@
+"""`cmoe sweep`: a grid of runs, several processes at a time; what is finished is skipped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from cmoe.cli.common import DONE, FAILED, INTERRUPTED, Parser, UsageError, catalogue, data, emit
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a file, or the name of a configuration that comes with cmoe")
+    parser.add_argument(
+        "overrides",
+        metavar="key=a,b",
+        nargs="*",
+        help="values to combine, separated by commas, or a range like seed=0..4",
+    )
+    parser.add_argument("--only", metavar="LABEL", action="append", default=[], help="only this variant (repeatable)")
+    add_jobs(parser)
+
+
+def add_jobs(parser: Parser) -> None:
+    """Options of every command that runs several processes."""
+    parser.add_argument("--jobs", metavar="N", type=int, default=0, help="runs at a time; default is one for each core")
+    parser.add_argument("--again", action="store_true", help="run also what is finished already")
+
+
+def main(args: argparse.Namespace) -> int:
+    print(f"cmoe: reading {args.config}", file=sys.stderr, flush=True)
+    plans = plans_of(args)
+    from cmoe.cli.results import show_comparison, write_comparison
+
+    jobs = run_all(args, plans)
+    document = summary(jobs)
+    if any(j.status in ("finished", "skipped") for j in jobs):
+        experiment, root = plans[0].experiment, plans[0].tracking["root"]
+        from pathlib import Path
+
+        comparison, picture, report = write_comparison(experiment, Path(root))
+        document["comparison"] = comparison
+        if not args.json:
+            show_comparison(comparison, picture, report)
+            print(f"MLflow:  cmoe ui {experiment}")
+    emit(args, document)
+    return exit_code(jobs)
+
+
+def plans_of(args: argparse.Namespace) -> list[Any]:
+    """Every plan of the grid; what varies beside the strategy becomes part of the label."""
+    from cmoe.config.study import grid, label_grid, read_study
+
+    found, plans = catalogue(args), []
+    for combination in grid(args.overrides):
+        extra = label_grid(args.overrides, combination)
+        for plan in read_study(args.config, combination, found, args.only).plans:
+            if extra and not any(o.startswith("label=") for o in args.overrides):
+                plan.run["label"] = f"{plan.label} {extra}"
+            plans.append(plan)
+    hashes: dict[str, Any] = {}
+    for plan in plans:
+        hashes.setdefault(plan.hash, plan)
+    return list(hashes.values())
+
+
+def run_all(args: argparse.Namespace, plans: list[Any]) -> list[Any]:
+    """Run every plan; what is finished is skipped. Lines about each go to standard error."""
+    from cmoe.cli.console import Console, StopFlag
+    from cmoe.sweep import Job, sweep
+
+    if args.jobs < 0:
+        raise UsageError(f"--jobs: expected a number from 1, got {args.jobs}")
+    parallel = args.jobs or os.cpu_count() or 1
+    jobs = [Job(plan, f"{plan.label} s{plan.seed}") for plan in plans]
+    print(f"cmoe: {len(jobs)} runs, {min(parallel, len(jobs))} at a time", file=sys.stderr, flush=True)
+    console = Console()
+    stop = StopFlag(console.line)
+
+    def event(job: Any, name: str, arguments: tuple[Any, ...]) -> None:
+        console.on(job.name, name, arguments)
+        if name == "ended":
+            left = sum(j.status in ("waiting", "running") for j in jobs)
+            console.line(f"[{job.name}] {job.status}{f': {job.error}' if job.error else ''} ({left} left)")
+
+    with stop.installed(), console.drawing():
+        sweep(jobs, data(args), parallel, event, stop, args.again)
+    return jobs
+
+
+def summary(jobs: list[Any]) -> dict[str, Any]:
+    """What became of each run, for JSON."""
+    return {
+        "runs": [
+            {
+                "name": j.name,
+                "run_id": j.run_id,
+                "status": j.status,
+                "error": j.error,
+                "metrics": (j.facts or {}).get("metrics"),
+            }
+            for j in jobs
+        ]
+    }
+
+
+def exit_code(jobs: list[Any]) -> int:
+    """0 when every run is finished, 130 when some wait for the next start, 1 when one failed."""
+    states = {j.status for j in jobs}
+    if "failed" in states:
+        for job in jobs:
+            if job.status == "failed":
+                print(f"cmoe: {job.name}: {job.error}", file=sys.stderr)
+        return FAILED
+    if states & {"interrupted", "waiting"}:
+        print("cmoe: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
