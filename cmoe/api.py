@@ -99,6 +99,79 @@ def resume(
     return _work(plan, folder, catalogue, where, reporter, stop, anyway)
 
 
+def extend(
+    folder: RunFolder,
+    task: str | int | Mapping[str, Any],
+    data: DataFolder | None = None,
+    reporter: Reporter | None = None,
+    stop: Stop | None = None,
+    anyway: bool = False,
+    plugins: Sequence[str | Path] = (),
+) -> dict[str, Any]:
+    """Let a finished run learn further experiences; its matrix grows.
+
+    Args:
+        folder: of a finished run.
+        task: 'next' (one more experience of its own stream, when `stream.limit` left some), how many more, 'all',
+            or a task by name or as a mapping with options, whose experiences follow.
+        data, reporter, stop, anyway, plugins: as for `resume`.
+
+    Raises:
+        UserError: the run is not finished, has nothing left, or the task does not fit it.
+    """
+    if folder.facts().get("status") != "FINISHED":
+        raise UserError(
+            f"run {folder.id}: expected a finished run, it is {folder.facts().get('status')}; resume it first"
+        )
+    plan, catalogue = plan_of_run(folder, plugins)
+    for name in (s["name"] for s in plan.strategy):
+        entry = catalogue.find("strategy", name)
+        if entry.attribute("owns_loop", False) or not entry.attribute("extendable", True):
+            raise UserError(f"run {folder.id}: strategy '{name}' cannot go on, it has no state between experiences")
+    where = data or data_of_run(folder)
+    config = plan.to_dict()
+    stream = config["stream"]
+    if isinstance(task, int) or task in ("next", "all") or (isinstance(task, str) and task.isdecimal()):
+        stream["limit"] = _further(folder, plan, catalogue, where, task)
+    else:
+        spec = {"name": task} if isinstance(task, str) else dict(task)
+        if stream["limit"]:
+            raise UserError(f"run {folder.id}: its own stream is not complete; extend it with task=all first")
+        stream["then"] = [*stream["then"], spec]
+    longer = Plan.from_dict(config, Catalogue([*config.get("plugins", []), *plugins]), "extend")
+    make_stream_early(longer, catalogue, where)
+    write_whole(folder.path / "config.yaml", longer.to_yaml())
+    folder.update(status="EXTENDING", config=longer.to_dict(), config_hash=longer.hash)
+    return _work(longer, folder, catalogue, where, reporter, stop, anyway)
+
+
+def make_stream_early(plan: Plan, catalogue: Catalogue, data: DataFolder) -> None:
+    """Open the stream for its errors alone, before anything is written.
+
+    Raises:
+        UserError: a task of it cannot be opened, or does not fit the others.
+    """
+    from cmoe.assembly import make_stream
+
+    make_stream(plan, catalogue, data)
+
+
+def _further(folder: RunFolder, plan: Plan, catalogue: Catalogue, data: DataFolder, task: str | int | Any) -> int:
+    """The new `stream.limit`; 0 when it is all."""
+    from cmoe.assembly import make_stream
+
+    have = len(make_stream(plan, catalogue, data).experiences)
+    done = plan.stream["limit"] or have
+    wanted = have if task == "all" else done + (1 if task == "next" else int(task))
+    if done >= have:
+        raise UserError(
+            f"run {folder.id}: it learned all {have} experiences of its stream; name a task, as in task=arrays"
+        )
+    if not done < wanted <= have:
+        raise UserError(f"run {folder.id}: expected 1 to {have - done} further experiences, got {task}")
+    return 0 if wanted == have else wanted
+
+
 def deliver_rest(folder: RunFolder, uri: str | None = None) -> int:
     """Deliver what the tracking server does not have yet; returns the bytes of the log that went out.
 

@@ -16,6 +16,7 @@ from cmoe.learners import Head, Model
 from cmoe.learners.objective import Classification, Language, Objective
 from cmoe.plugins import Catalogue
 from cmoe.streams import DataFolder, Stream, open_stream
+from cmoe.streams.join import join
 
 BYTES = 256  # outputs of a byte language model
 
@@ -32,8 +33,14 @@ def component(catalogue: Catalogue, kind: str, spec: dict[str, Any], **supplied:
 
 
 def make_stream(plan: Plan, catalogue: Catalogue, data: DataFolder) -> Stream:
-    """The opened stream of a plan."""
-    return open_stream(plan.stream, catalogue.find("task", plan.stream["name"]).load(), data, plan.seed)
+    """The opened stream of a plan, with the tasks that follow it."""
+    further = [{**spec, "scenario": plan.stream["scenario"]} for spec in plan.stream["then"]]
+    streams = []
+    for spec in [plan.stream, *further]:
+        entry = catalogue.find("task", spec["name"])
+        options = {"name": spec["name"], **entry.pick(spec)}
+        streams.append(open_stream(options, entry.load(), data, plan.seed))
+    return join(streams, plan.stream["online_size"])
 
 
 def head_kind(plan: Plan) -> str:

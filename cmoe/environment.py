@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:
     return [f"{k} was {recorded.get(k)}, is {present.get(k)}" for k in EXACT if recorded.get(k) != present.get(k)]
 
 
+@cache  # a process computes with what it imported, whatever happens to the files
 def code_fingerprint() -> str:
     """Hash of cmoe's own source, 12 hexadecimal digits."""
     root = Path(__file__).parent

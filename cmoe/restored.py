@@ -72,7 +72,7 @@ class Restored:
                     return f"the strategy {self.plan.strategies} decides by the task label"
         return None
 
-    def task(self, given: str | int | None) -> int | None:
+    def task(self, given: str | int | None, key: str = "--task") -> int | None:
         """The experience that a task label or index names; None where none is given and none is needed.
 
         Raises:
@@ -84,13 +84,13 @@ class Restored:
         if given is None or given == "":
             reason = self.why_task()
             if reason:
-                raise UserError(f"--task: expected one of {choices}, as {reason}")
+                raise UserError(f"{key}: expected one of {choices}, as {reason}")
             return None
         if str(given) in names:
             return names.index(str(given))
         if str(given).isdecimal() and int(given) < len(names):
             return int(given)
-        raise UserError(f"--task: expected one of {choices}, got '{given}'{nearest(str(given), names)}")
+        raise UserError(f"{key}: expected one of {choices}, got '{given}'{nearest(str(given), names)}")
 
     # -- predictions --------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Restored:
             # max, as in the evaluation of a run, decides the first: topk may order equal ones otherwise
             shares = F.softmax(logits.float(), dim=1)
             first = shares.max(1).indices
-            order = shares.argsort(1, descending=True, stable=True)
+            order = shares.argsort(dim=1, descending=True, stable=True)[:, : top * len(self.model.head.blocks)]
             for row, best, ranks in zip(shares.tolist(), first.tolist(), order.tolist(), strict=True):
                 # a multi-head without the task label may have several outputs of one class
                 chosen: dict[int, float] = {}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from cmoe import checkpoint
-from cmoe.assembly import component, make_model, make_objective, make_stream, seed_for
+from cmoe.assembly import BYTES, component, make_model, make_objective, make_stream, seed_for
 from cmoe.config.plan import Plan
 from cmoe.environment import differences, environment
 from cmoe.errors import RunFailed, UserError
 from cmoe.evaluation import Evaluator, Load, router_drift
 from cmoe.fit import Placement, fit
-from cmoe.learners import Learner
+from cmoe.learners import Head, Learner
 from cmoe.metrics import Record
 from cmoe.plugins import Catalogue
 from cmoe.progress import Progress
@@ -142,7 +142,7 @@ class Session:
         self.save()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["data"] != self.stream.fingerprint and not self.anyway:
+        if state["data"] not in (self.stream.fingerprint, *self.stream.prefixes) and not self.anyway:
             raise UserError(
                 f"run {self.folder.id}: the data changed since the run began; --anyway goes on all the same"
             )
@@ -158,7 +158,11 @@ class Session:
         self.model.to(self.placement.device)
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
-        self.record = Record.load(self.folder.rows, rows=state["rows"])
+        # an extended run has more experiences than its earlier rows know
+        self.record = self.evaluator.new_record()
+        for row in Record.load(self.folder.rows, rows=state["rows"]).rows.values():
+            self.record.add_row(row.index, row.columns)
+        self.record.save_targets(self.folder.rows)
         self.timeline.events = state["timeline"]
         self.loads = state["loads"]
         self.carried = state["carried"]
@@ -177,11 +181,15 @@ class Session:
         model = make_model(self.plan, self.catalogue, self.stream, purpose)
         if model.head.kind == "multi":
             # all heads from the start: what a task's outputs begin with does not depend on when it comes
-            with torch.random.fork_rng(devices=[]):
-                for experience in self.stream.experiences:
-                    torch.manual_seed(seed_for(self.plan.seed, f"{purpose} head {experience.index}"))
-                    model.head.add(range(256) if self.stream.language else experience.classes, experience.index)
+            self._add_heads(model.head, range(len(self.stream.experiences)), purpose)
         return model.to(self.placement.device, self.placement.dtype)
+
+    def _add_heads(self, head: Head, experiences: Iterable[int], purpose: str) -> None:
+        with torch.random.fork_rng(devices=[]):
+            for e in experiences:
+                if e not in head.tasks:
+                    torch.manual_seed(seed_for(self.plan.seed, f"{purpose} head {e}"))
+                    head.add(range(BYTES) if self.stream.language else self.stream.experiences[e].classes, e)
 
     def _context(self) -> Context:
         plan = self.plan
@@ -237,15 +245,16 @@ class Session:
         new = [c for e in segment.experiences for c in self.stream.experiences[e].classes]
         self.context.previous = list(self.context.seen)
         self.context.seen += [c for c in dict.fromkeys(new) if c not in known]
-        self._grow_head(new)
+        self._grow_head(segment, new)
 
-    def _grow_head(self, classes: list[int]) -> None:
+    def _grow_head(self, segment: Segment, classes: list[int]) -> None:
+        """Outputs for what the segment brings: always in a growing head, in the others when a run is extended."""
         head = self.model.head
-        if head.kind != "growing":
+        if head.kind == "multi":
+            self._add_heads(head, segment.experiences, "model")
             return
-        if self.stream.language:
-            classes = list(range(256))
-        new = [c for c in dict.fromkeys(classes) if c not in head.classes]
+        wanted = range(BYTES) if self.stream.language else dict.fromkeys(classes)
+        new = [c for c in wanted if c not in head.classes]
         if new:
             with self.context.seeded(f"head {new}"):
                 head.add(new)

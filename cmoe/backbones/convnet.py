@@ -48,6 +48,12 @@ class ConvNet(Backbone):
             options |= {"patch_size": patch or 2}
             if len(options["depths"]) != 4 or len(options["dims"]) != 4:
                 raise UserError("model.depths, model.dims: expected four numbers each, one a stage")
+            least = 8 * options["patch_size"]  # the stem and three more stages halve the image
+            if min(input_shape[1:]) < least:
+                raise UserError(
+                    f"model.patch: expected at most {min(input_shape[1:]) // 8 or 1} for images of {input_shape[1]}x"
+                    f"{input_shape[2]} pixels (8 patches a side), got {options['patch_size']}"
+                )
         elif depths or dims or patch:
             raise UserError("model.pretrained: expected depths, dims and patch unset, they belong to the weights")
         self.net = create(model, "model.model", pretrained, **options)
@@ -60,9 +66,6 @@ class ConvNet(Backbone):
             block = self.net.stages[blocks[i][0]].blocks[blocks[i][1]]
             dim = block.conv_dw.out_channels
             block.mlp = experts.layer(dim, block.mlp.fc1.weight.shape[0])
-            block.use_conv_mlp = False  # experts work on channels-last tokens
-            if not hasattr(block.norm, "normalized_shape"):
-                raise UserError(f"model.model: the norm of '{model}' does not work on channels-last tokens")
 
     def forward(self, x: Tensor, context: RouteContext) -> Features:
         routings: dict = {}
@@ -79,7 +82,9 @@ class ConvNet(Backbone):
     @staticmethod
     def _expert_block(x: Tensor, block: Any, context: RouteContext, name: str, routings: dict) -> Tensor:
         """timm's block forward, with the routing context handed to its experts."""
-        h = block.norm(block.conv_dw(x).permute(0, 2, 3, 1))
+        h = block.conv_dw(x)
+        # experts work on channels-last tokens; the norm of timm's models with convolutions as networks does not
+        h = block.norm(h).permute(0, 2, 3, 1) if block.use_conv_mlp else block.norm(h.permute(0, 2, 3, 1))
         y, routings[name] = block.mlp(h, context)
         y = y.permute(0, 3, 1, 2)
         if block.gamma is not None:

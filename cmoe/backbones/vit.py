@@ -44,6 +44,8 @@ class ViT(Backbone):
         experts: ExpertLayers | None = None,
     ) -> None:
         super().__init__()
+        from timm.models.vision_transformer import Block, VisionTransformer
+
         channels, height, width = input_shape
         options: dict[str, Any] = {"in_chans": channels, "img_size": (height, width)}
         sizes = {"patch_size": patch, "depth": depth, "embed_dim": dim, "num_heads": heads}
@@ -56,9 +58,11 @@ class ViT(Backbone):
             if height % options["patch_size"] or width % options["patch_size"]:
                 raise UserError(f"model.patch: expected a divisor of {height} and {width}, got {options['patch_size']}")
             if options["embed_dim"] % options["num_heads"]:
-                raise UserError(f"model.heads: expected a divisor of dim {options['embed_dim']}, got {heads}")
+                raise UserError(
+                    f"model.heads: expected a divisor of dim {options['embed_dim']}, got {options['num_heads']}"
+                )
         self.vit = create(model, "model.model", pretrained, drop_rate=dropout, proj_drop_rate=dropout, **options)
-        if not hasattr(self.vit, "blocks") or not hasattr(self.vit, "_pos_embed"):
+        if not isinstance(self.vit, VisionTransformer) or not all(isinstance(b, Block) for b in self.vit.blocks):
             raise UserError(f"model.model: expected a Vision Transformer of timm, got '{model}'")
         self.width = int(self.vit.num_features)
         for i in select(experts, len(self.vit.blocks)):

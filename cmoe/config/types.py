@@ -48,3 +48,4 @@ Probability = Annotated[float, Range(ge=0, le=1)]
 
 RouterSpec = Annotated[dict[str, Any], Component("router")]
 ExpertSpec = Annotated[dict[str, Any], Component("expert")]
+TaskSpec = Annotated[dict[str, Any], Component("task")]

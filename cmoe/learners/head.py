@@ -21,8 +21,12 @@ class Head(nn.Module):
         kind: 'shared', 'multi' or 'growing'.
     """
 
+    _anchor: Tensor
+
     def __init__(self, width: int, kind: str) -> None:
         super().__init__()
+        # goes where the head goes: new outputs get its device and type
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
         self.width, self.kind = width, kind
         self.blocks = nn.ModuleList()
         self.block_classes: list[list[int]] = []
@@ -31,10 +35,10 @@ class Head(nn.Module):
 
     def add(self, classes: Sequence[int], task: int = SHARED) -> int:
         """A block with one output for each of `classes`, belonging to `task`; returns the block's index."""
-        block = nn.Linear(self.width, len(classes))
-        if self.blocks:
-            block = block.to(next(self.blocks.parameters()).device, next(self.blocks.parameters()).dtype)
-        self.blocks.append(block)
+        return self._install(nn.Linear(self.width, len(classes)), classes, task)
+
+    def _install(self, block: nn.Linear, classes: Sequence[int], task: int) -> int:
+        self.blocks.append(block.to(self._anchor))
         self.block_classes.append([int(c) for c in classes])
         self.block_tasks.append(int(task))
         self._index()
@@ -118,8 +122,21 @@ class Head(nn.Module):
         return {"classes": [list(c) for c in self.block_classes], "tasks": list(self.block_tasks)}
 
     def restore_structure(self, structure: dict[str, Any]) -> None:
-        """Blocks as they were when `structure()` was taken; their weights follow by `load_state_dict`."""
-        self.blocks = nn.ModuleList()
-        self.block_classes, self.block_tasks = [], []
-        for classes, task in zip(structure["classes"], structure["tasks"], strict=True):
-            self.add(classes, task)
+        """Blocks as they were when `structure()` was taken; their weights follow by `load_state_dict`.
+
+        Blocks that are here already stay; others come with weights of zero. Draws no random numbers.
+        """
+        wanted = list(zip(structure["classes"], structure["tasks"], strict=True))
+        kept = 0
+        while kept < min(len(wanted), len(self.blocks)):
+            if (self.block_classes[kept], self.block_tasks[kept]) != (list(wanted[kept][0]), wanted[kept][1]):
+                break
+            kept += 1
+        self.blocks = self.blocks[:kept]
+        self.block_classes, self.block_tasks = self.block_classes[:kept], self.block_tasks[:kept]
+        self._index()
+        for classes, task in wanted[kept:]:
+            block = nn.utils.skip_init(nn.Linear, self.width, len(classes))
+            for parameter in block.parameters():
+                nn.init.zeros_(parameter)
+            self._install(block, classes, task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class Learner(pl.LightningModule):
         self.optimizer: torch.optim.Optimizer | None = None
         self.hooks = list(hooks)
         self._rates: Callable[[int], float] | None = None
+        self._total = torch.zeros(())
         self.begin_phase(None, None)
 
     def begin_phase(
@@ -79,7 +81,8 @@ class Learner(pl.LightningModule):
         self._edit = overridden(active, "edit_gradients")
         self._after = overridden(active, "after_step")
         self._task_loss = loss
-        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        # those of this phase: the gradients of others are neither zeroed nor used, and must not count when clipping
+        self._trainable = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
         self.phase_steps = 0
 
     def configure_optimizers(self) -> None:
@@ -95,6 +98,7 @@ class Learner(pl.LightningModule):
         for i, x in enumerate(chunk.x):
             task = chunk.task[i] if whose is None else whose
             self.step(Batch(x, chunk.y[i], task, chunk.ids[i], x.shape[0]))
+        self._finite()
 
     def step(self, batch: Batch) -> Output:
         """One update of the weights; returns the outputs it was made from."""
@@ -111,6 +115,7 @@ class Learner(pl.LightningModule):
                 group["lr"] = base * factor
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        self._total = total.detach()
         for edit in self._edit:
             edit()
         if self.clip_norm or self.clip_value:
@@ -121,7 +126,7 @@ class Learner(pl.LightningModule):
         self.steps += 1
         self.phase_steps += 1
         if self.log_every and self.steps % self.log_every == 0:
-            self._log(losses, total)
+            self._log(losses)
         return output
 
     def _named_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
@@ -141,10 +146,19 @@ class Learner(pl.LightningModule):
         if self.clip_norm:
             torch.nn.utils.clip_grad_norm_(self._trainable, self.clip_norm)
 
-    def _log(self, losses: dict[str, Tensor], total: Tensor) -> None:
-        value = float(total.detach())
-        if value != value or value in (float("inf"), float("-inf")):
+    def _finite(self) -> float:
+        """The last step's loss.
+
+        Raises:
+            FloatingPointError: it is not a number, or infinite.
+        """
+        value = float(self._total)
+        if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {self.steps}")
+        return value
+
+    def _log(self, losses: dict[str, Tensor]) -> None:
+        value = self._finite()
         if self.log_losses is not None:
             values = {f"train/loss_{name}": float(v.detach()) for name, v in losses.items()}
             self.log_losses({"train/loss": value, **values}, self.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -43,17 +44,36 @@ class Avalanche(Strategy):
                 f"{nearest(self.strategy, names)}"
             )
         self._class = getattr(training, self.strategy)
+        self._refuse(context, training)
         taken = inspect.signature(self._class.__init__).parameters
         for name in self.options:
             if name not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
                 raise UserError(f"strategy avalanche.options.{name}: unknown to {self.strategy}{nearest(name, taken)}")
 
+    def _refuse(self, context: Context, training: Any) -> None:
+        """What Avalanche's loop cannot be given."""
+        stream, head = context.stream, context.model.head
+        if stream.language:
+            raise UserError("strategy avalanche: expected a stream with classes, got language modelling")
+        if stream.scenario == "online":
+            raise UserError("strategy avalanche: expected whole experiences, got stream.scenario 'online'")
+        if head.kind != "shared":
+            raise UserError(
+                f"strategy avalanche: expected model.head 'shared', whose output c is class c, got '{head.kind}'"
+            )
+        if context.model.needs_task():
+            raise UserError("strategy avalanche: expected a router that needs no task label, Avalanche gives none")
+        if issubclass(self._class, training.JointTraining) and len(stream.segments) > 1:
+            raise UserError("strategy avalanche: JointTraining needs stream.scenario 'joint', it trains only once")
+
     def train(self, segment: Segment, optimizer: torch.optim.Optimizer) -> None:
         """Train one segment with Avalanche's loop on Avalanche's own experiences."""
         if self.native is None:
             self.native = self._make(optimizer)
-        for experience in segment.experiences:
-            self.native.train(self.context.stream.benchmark.streams["train"][experience], num_workers=0)
+        train: Any = self.context.stream.benchmark.streams["train"]
+        self.native.train([train[experience] for experience in segment.experiences], num_workers=0)
+        if self.native.model.model is not self.context.model:  # some, such as GDumb, train a copy
+            self.context.model.load_state_dict(self.native.model.model.state_dict())
 
     def _make(self, optimizer: torch.optim.Optimizer) -> Any:
         from avalanche.training.plugins import EvaluationPlugin
@@ -61,6 +81,9 @@ class Avalanche(Strategy):
         trainer = self.context.options["trainer"]
         model = NativeModel(self.context.model)
         taken = inspect.signature(self._class.__init__).parameters
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No loggers specified")  # cmoe evaluates and tracks itself
+            evaluator = EvaluationPlugin()
         arguments: dict[str, Any] = {
             "model": model,
             "optimizer": optimizer,
@@ -68,7 +91,7 @@ class Avalanche(Strategy):
             "train_mb_size": trainer["batch_size"],
             "train_epochs": trainer["epochs"],
             "device": self.context.device,
-            "evaluator": EvaluationPlugin(),
+            "evaluator": evaluator,
         }
         chosen = {k: v for k, v in arguments.items() if k in taken} | self.options
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -85,8 +86,25 @@ class Context:
 
     def inputs(self, raw: Tensor, experience: Tensor, generator: torch.Generator | None, train: bool = True) -> Tensor:
         """Raw samples (B, ...) of the given experiences (B,) as the model's input, on its device."""
-        x = self.stream.transform(raw, experience, train=train, generator=generator)
-        return x if self.device.type == "cpu" else x.to(self.device)
+        return self.placed(self.stream.transform(raw, experience, train=train, generator=generator))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Inputs on the model's device, and in its precision unless they are tokens."""
+        return x.to(self.device, self._dtype) if x.is_floating_point() else x.to(self.device)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def restart(self, purpose: str) -> None:
+        """Draw all weights of the model anew, from a seed of their own; its outputs stay as many as they are."""
+        fresh, held = self.fresh_model(purpose), len(self.model.head.blocks)
+        begun = len(fresh.head.blocks)
+        fresh.restore_structure(self.model.structure())
+        with self.seeded(f"{purpose} head"):
+            for i in range(begun, held):
+                fresh.head.blocks.get_submodule(str(i)).apply(_draw)
+        self.model.load_state_dict(fresh.state_dict())
 
     @contextmanager
     def seeded(self, purpose: str) -> Generator[None]:
@@ -101,6 +119,11 @@ class Context:
         return RouteContext(task=task, training=training)
 
 
+def _draw(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.reset_parameters()
+
+
 class Strategy(StepHooks):
     """Base of all strategies; every method may be left as it is.
 
@@ -109,12 +132,14 @@ class Strategy(StepHooks):
         owns_predict: it has its own decision rule.
         owns_loop: it runs the training of an experience itself, and stands alone.
         needs_boundaries: it must know where experiences end.
+        extendable: a finished run with it can learn further experiences.
     """
 
     owns_data: ClassVar[bool] = False
     owns_predict: ClassVar[bool] = False
     owns_loop: ClassVar[bool] = False
     needs_boundaries: ClassVar[bool] = False
+    extendable: ClassVar[bool] = True
 
     context: Context
 

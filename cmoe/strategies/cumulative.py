@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from cmoe.strategies.base import Segment, Strategy
+from cmoe.errors import UserError
+from cmoe.strategies.base import Context, Segment, Strategy
 from cmoe.streams import Experience
 
 
@@ -20,11 +21,14 @@ class Cumulative(Strategy):
     def __init__(self, restart: bool = False) -> None:
         self.restart = restart
 
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if self.restart and any(s["name"] == "expand" for s in context.options["strategy"]):
+            raise UserError("strategy cumulative: restart beside 'expand' would draw its frozen experts anew")
+
     def data(self, segment: Segment) -> list[Experience]:
         return self.context.stream.experiences[: segment.last + 1]
 
     def before_experience(self, segment: Segment) -> None:
         if self.restart and segment.number > 0:
-            fresh = self.context.fresh_model(f"restart {segment.number}")
-            fresh.restore_structure(self.context.model.structure())
-            self.context.model.load_state_dict(fresh.state_dict())
+            self.context.restart(f"restart {segment.number}")

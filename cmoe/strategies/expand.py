@@ -44,9 +44,9 @@ class Expand(Strategy):
         layers = context.model.moe_layers()
         if not layers:
             raise UserError("strategy expand: expected a model with experts, got a dense one; set model.moe")
-        by_task = [context.model.needs_task() for _ in layers]
-        self.isolated = all(by_task) if self.isolate is None else self.isolate
-        if self.isolated and not all(layer.router.isolatable for layer in layers.values()):
+        by_task = all("task" in layer.router.needs for layer in layers.values())
+        self.isolated = by_task if self.isolate is None else self.isolate
+        if self.isolated and not (by_task and all(layer.router.isolatable for layer in layers.values())):
             name = context.options["model"]["moe"]["router"]["name"]
             raise UserError(f"strategy expand: isolate needs a router that can isolate (task_table), got '{name}'")
         if self.isolated and context.model.head.kind == "shared" and context.stream.modality != "bytes":
@@ -54,6 +54,13 @@ class Expand(Strategy):
                 "strategy expand: isolate needs model.head 'multi' or 'growing', got 'shared', whose weights all "
                 "experiences train"
             )
+
+        if self.init == "zero":
+            for layer in layers.values():
+                try:
+                    layer.new_cohort(1).zero_output()
+                except ValueError as error:
+                    raise UserError(f"strategy expand.{error}") from error
 
     def before_experience(self, segment: Segment) -> None:
         tasks = list(segment.experiences)

@@ -36,10 +36,16 @@ class LwF(Strategy):
         self.teacher: Model | None = None
 
     def phases(self, segment: Segment, phases: list[Phase]) -> list[Phase]:
-        if segment.number == 0 or not self.warm_up:
+        if segment.number == 0 or not self.warm_up or not self._has_new_outputs():
             return phases
         warm_up = Phase("warm_up", parameters=self._head, loss=self._new_outputs, hooks=False)
         return [warm_up, *phases]
+
+    def _has_new_outputs(self) -> bool:
+        """Whether the segment brings outputs that nothing has trained yet."""
+        context = self.context
+        known = context.stream.language or set(context.seen) == set(context.previous)
+        return context.model.head.kind == "multi" or not known
 
     def _head(self) -> list:
         return [p for p in self.context.model.head.parameters() if p.requires_grad]
@@ -47,6 +53,8 @@ class LwF(Strategy):
     def _new_outputs(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the outputs of the classes that the segment brings."""
         head = self.context.model.head
+        if head.kind == "multi":  # each sample's loss sees its own task's outputs alone
+            return {"warm_up": self.context.objective.loss(output.logits, batch)}
         new = [c for c in self.context.seen if c not in self.context.previous]
         columns = head.columns(new)
         targets = head.targets(batch.y, batch.task)
@@ -54,11 +62,12 @@ class LwF(Strategy):
             return {"warm_up": F.cross_entropy(output.logits, targets)}
         place = columns.new_full((len(head),), -100)
         place[columns] = place.new_tensor(range(len(columns)))
-        return {"warm_up": F.cross_entropy(output.logits.index_select(1, columns), place.index_select(0, targets))}
+        targets = place.index_select(0, targets)
+        total = F.cross_entropy(output.logits.index_select(1, columns), targets, reduction="sum")
+        return {"warm_up": total / (targets >= 0).sum().clamp(min=1)}  # beside 'cumulative' a batch may be all old
 
-    def before_experience(self, segment: Segment) -> None:
-        if segment.number > 0 and not self.warm_up:
-            self._remember()
+    def after_experience(self, segment: Segment) -> None:
+        self._remember()  # now, before another strategy changes the network for the next experience
 
     def after_phase(self, segment: Segment, phase: Phase) -> None:
         if phase.name == "warm_up":

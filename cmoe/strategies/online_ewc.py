@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmoe.config.types import NonNegative, Probability
 from cmoe.learners.batch import Batch
@@ -84,7 +85,7 @@ class OnlineEWC(Strategy):
         for e in segment.experiences:
             experience = context.stream.experiences[e]
             for batch in evaluation_batches(experience.train, e, context.stream.transform, 64 if vectorised else 1):
-                x, y = batch.x.to(context.device), batch.y.to(context.device)
+                x, y = context.placed(batch.x), batch.y.to(context.device)
                 add = self._vectorised if vectorised else self._single
                 add(total, named, x, y, e)
                 count += x.shape[0]
@@ -102,7 +103,8 @@ class OnlineEWC(Strategy):
             return F.cross_entropy(logits, target)
 
         weights = {n: p.detach() for n, p in named.items()}
-        gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0))(weights, x, y)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no batching rule
+            gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0))(weights, x, y)
         weight = torch.exp(-losses) if self.fisher == "confidence" else torch.ones_like(losses)
         for n, g in gradients.items():
             total[n] += torch.einsum("b,b...->...", weight, g.square())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from cmoe.config.types import PositiveInt
+from cmoe.errors import UserError
 from cmoe.learners.batch import Batch, per_sample
 from cmoe.learners.model import Output
 from cmoe.strategies.base import Context, Strategy
@@ -34,6 +35,8 @@ class Replay(Strategy):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
+        if self.policy == "class_balanced" and context.stream.language:
+            raise UserError("strategy replay.policy: expected 'reservoir' for language modelling, got 'class_balanced'")
         self.draw = self.batch or int(context.options["trainer"]["batch_size"])
         self.storage = context.stream.experiences[0].train.x  # one for the whole stream
         self.buffer = Buffer(self.size, self.policy, torch.Generator().manual_seed(context.seed("replay")))

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from cmoe.errors import UserError
 from cmoe.learners.model import Model
-from cmoe.strategies.base import Segment, Strategy
+from cmoe.strategies.base import Context, Segment, Strategy
 
 
 class Separate(Strategy):
@@ -20,11 +21,14 @@ class Separate(Strategy):
         self.networks: dict[int, dict[str, Any]] = {}
         self._loaded: tuple[int, Model] | None = None
 
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if any(s["name"] == "expand" for s in context.options["strategy"]):
+            raise UserError("strategy separate: beside 'expand' it would draw the frozen experts anew")
+
     def before_experience(self, segment: Segment) -> None:
         if segment.number > 0:
-            fresh = self.context.fresh_model(f"separate {segment.number}")
-            fresh.restore_structure(self.context.model.structure())
-            self.context.model.load_state_dict(fresh.state_dict())
+            self.context.restart(f"separate {segment.number}")
 
     def after_experience(self, segment: Segment) -> None:
         model = self.context.model

@@ -103,6 +103,7 @@ class Stream:
         transform: raw batch -> model input.
         fingerprint: sha256 of data, indices, labels and definition.
         benchmark: the Avalanche benchmark, for native strategies.
+        prefixes: fingerprints of the shorter streams that this one continues (see `cmoe.streams.join`).
     """
 
     name: str
@@ -117,6 +118,7 @@ class Stream:
     transform: BatchTransform
     fingerprint: str
     benchmark: CLScenario = field(repr=False)
+    prefixes: tuple[str, ...] = ()
 
     @property
     def language(self) -> bool:

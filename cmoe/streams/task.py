@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cmoe.config.types import Count, Fraction, PositiveInt
+from cmoe.config.types import Count, Fraction, PositiveInt, TaskSpec
 from cmoe.streams.data import DataFolder
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Task:
             same samples whatever the run's seed.
         limit: train only on this many first experiences; 0 trains on all (`cmoe extend` goes on with the rest).
         online_size: samples in one small experience of the online scenario.
+        then: further tasks whose experiences follow, in the same scenario; their classes are new ones (`cmoe extend`
+            adds to this list).
     """
 
     modality: ClassVar[Modality] = "image"
@@ -41,6 +43,7 @@ class Task:
     validation: Fraction = 0.1
     limit: Count = 0
     online_size: PositiveInt = 10
+    then: list[TaskSpec] = field(default_factory=list)
 
     def benchmark(self, data: DataFolder, seed: int) -> CLScenario:
         """The Avalanche benchmark with the streams `train`, `validation` and `test`.
