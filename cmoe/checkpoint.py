@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from cmoe.errors import RunFailed
 VERSION = 1
 PREFIX, SUFFIX = "checkpoint-", ".pt"
 
+# what `torch.load(weights_only=True)` takes; exact types, as a numpy number is a float too
+_MAPPINGS = (dict, OrderedDict)
+_SEQUENCES = (list, tuple, set, torch.Size)
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device, *_SEQUENCES, *_MAPPINGS)
+
 
 def save(folder: Path, number: int, state: dict[str, Any], keep: int) -> Path:
     """Write `state` as the folder's newest checkpoint and delete all but the last `keep`.
@@ -24,7 +31,11 @@ def save(folder: Path, number: int, state: dict[str, Any], keep: int) -> Path:
         number: counts up with every checkpoint of the run.
         state: tensors and plain containers.
         keep: how many stay, at least one.
+
+    Raises:
+        RunFailed: the state holds something that could not be loaded again.
     """
+    _refuse_others(state, "")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{PREFIX}{number:06d}{SUFFIX}"
     temporary = path.with_suffix(".tmp")
@@ -49,9 +60,10 @@ def load(folder: Path) -> dict[str, Any] | None:
     reasons = []
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read(path)
         except Exception as error:  # a damaged file fails in many ways; the one before it is tried
-            reasons.append(f"{path.name}: {str(error).splitlines()[0]}")
+            first = (str(error).splitlines() or [""])[0]
+            reasons.append(f"{path.name}: {type(error).__name__} {first[:100]}".rstrip())
             continue
         if state.get("version") != VERSION:
             raise RunFailed(f"{path}: expected checkpoint version {VERSION}, got {state.get('version')}")
@@ -59,6 +71,35 @@ def load(folder: Path) -> dict[str, Any] | None:
     if paths:
         raise RunFailed(f"{folder}: no checkpoint can be read ({'; '.join(reasons)})")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("not a checkpoint")
+    return state
+
+
+def _refuse_others(value: Any, where: str) -> None:
+    """Found when it is saved, not when the run is resumed: a plugin's state may hold anything."""
+    if isinstance(value, torch.Tensor):
+        return
+    if type(value) not in _PLAIN:
+        raise RunFailed(
+            f"checkpoint: {where}: expected tensors and plain containers (loading unpickles nothing), "
+            f"got {type(value).__module__}.{type(value).__qualname__}"
+        )
+    if type(value) in _MAPPINGS:
+        for key, item in value.items():
+            _refuse_others(key, f"{where}.{key}".strip("."))
+            _refuse_others(item, f"{where}.{key}".strip("."))
+    elif type(value) in _SEQUENCES:
+        for i, item in enumerate(value):
+            _refuse_others(item, f"{where}.{i}")
 
 
 def sync_folder(folder: Path) -> None:

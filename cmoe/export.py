@@ -1,9 +1,9 @@
 """A run's model as files that outlive it: safetensors, JSON, and an MLflow model that holds no pickle.
 
-    DIR/model.safetensors   every weight, under the names of the modules
-    DIR/config.json         what rebuilds the model around them: structure, resolved configuration, inputs, class names
-    DIR/plugins/            the plugin files that the model needs, where there are any
-    DIR/mlflow_model/       the same as an MLflow model, for `mlflow models serve`
+DIR/model.safetensors   every weight, under the names of the modules
+DIR/config.json         what rebuilds the model around them: structure, resolved configuration, inputs, class names
+DIR/plugins/            the plugin files that the model needs, where there are any
+DIR/mlflow_model/       the same as an MLflow model, for `mlflow models serve`
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def write(restored: Restored, folder: Path, plugins: Sequence[str | Path] = ()) 
     own = [pack(s, f"strategies.{i}", tensors) for i, s in enumerate(restored.state["strategies"])]
     structure = pack(restored.state["structure"], "structure", tensors)
     tensors |= {f"model.{n}": w.detach().cpu().contiguous().clone() for n, w in restored.model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt", "run": restored.run_id})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / WEIGHTS).chmod((folder.stat().st_mode & 0o666) | 0o600)  # safetensors lets nobody else read
     described = inputs.describe(restored.stream)
     if described["transform"] is None:
@@ -147,11 +147,12 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         if all(isinstance(k, str) and not k.startswith("$") for k in value):
             return dict(items)
         return {"$items": [[pack(k, "", tensors), v] for k, v in items]}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set)):
         packed = [pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
-        return packed if isinstance(value, list) else {"$tuple": packed}
-    assert value is None or isinstance(value, (str, int, float, bool)), f"{name}: a state holds {type(value).__name__}"
-    return value
+        return packed if isinstance(value, list) else {"$set" if isinstance(value, set) else "$tuple": packed}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise UserError(f"{name}: expected tensors and plain containers in an exported state, got {type(value).__name__}")
 
 
 def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -164,6 +165,8 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value["$tensor"]]
     if "$tuple" in value:
         return tuple(unpack(v, tensors) for v in value["$tuple"])
+    if "$set" in value:
+        return {unpack(v, tensors) for v in value["$set"]}
     if "$items" in value:
         return {unpack(k, tensors): unpack(v, tensors) for k, v in value["$items"]}
     return {k: unpack(v, tensors) for k, v in value.items()}

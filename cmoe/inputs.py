@@ -7,6 +7,7 @@ everything but samples.
 from __future__ import annotations
 
 import base64
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cmoe.streams import Experience, Split, Stream
+from cmoe.streams.join import Joined
 from cmoe.streams.transforms import Augment, BatchTransform, Chain, Flatten, Permute, Rotate, Scale, Tokens
 
 
@@ -72,6 +74,9 @@ def transform_spec(transform: BatchTransform) -> dict[str, Any] | None:
     if isinstance(transform, Chain) and type(transform) is Chain:
         parts = [transform_spec(t) for t in transform.transforms]
         return None if None in parts else {"name": "chain", "transforms": parts}
+    if isinstance(transform, Joined) and type(transform) is Joined:
+        parts = [transform_spec(t) for t in transform.transforms]
+        return None if None in parts else {"name": "joined", "transforms": parts, "ends": transform.ends}
     if isinstance(transform, Scale) and type(transform) is Scale:
         mean, std = (None if v is None else v.tolist() for v in (transform.mean, transform.std))
         return {"name": "scale", "divisor": transform.divisor, "mean": mean, "std": std}
@@ -92,6 +97,9 @@ def transform_of(spec: dict[str, Any]) -> BatchTransform:
     match spec["name"]:
         case "chain":
             return Chain(*(transform_of(s) for s in options["transforms"]))
+        case "joined":
+            counts = [b - a for a, b in pairwise([0, *options["ends"]])]
+            return Joined([transform_of(s) for s in options["transforms"]], counts)
         case "permute":
             return Permute(_unpacked(options["table"], options["shape"]))
         case "scale":
@@ -107,10 +115,13 @@ def transform_of(spec: dict[str, Any]) -> BatchTransform:
     raise ValueError(f"expected a transform of cmoe, got {spec['name']!r}")
 
 
-def full_scale(transform: BatchTransform) -> float | None:
+def full_scale(transform: BatchTransform, experience: int = 0) -> float | None:
     """The raw value that stands for full brightness: what bytes are divided by; None where no transform says."""
+    if isinstance(transform, Joined):
+        own = sum(experience >= end for end in transform.ends)
+        return full_scale(transform.transforms[own], experience - (transform.ends[own - 1] if own else 0))
     if isinstance(transform, Chain):
-        return next((s for t in transform.transforms if (s := full_scale(t)) is not None), None)
+        return next((s for t in transform.transforms if (s := full_scale(t, experience)) is not None), None)
     return float(transform.divisor) if isinstance(transform, (Scale, Rotate)) else None
 
 

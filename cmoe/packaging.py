@@ -28,9 +28,9 @@ def save_mlflow(restored: Restored, export: Path, target: Path) -> None:
         export: `model.safetensors`, `config.json` and perhaps `plugins/`.
         target: a new folder.
     """
-    import mlflow.pyfunc
-
     with _quiet():
+        import mlflow.pyfunc
+
         mlflow.pyfunc.save_model(
             path=str(target),
             python_model=str(SCRIPT),

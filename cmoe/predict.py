@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,15 @@ def classify(restored: Restored, files: Sequence[str | Path], task: int | None, 
     Raises:
         UserError: a file is not there, cannot be read, or does not fit the stream's inputs.
     """
+    # all files first: a wrong one is reported before anything is computed, and many images make one batch
+    samples = [read(Path(f), restored.stream, note, task or 0) for f in files]
     found = []
-    # all files first: a wrong one is reported before anything is computed
-    for samples in [read(Path(f), restored.stream, note) for f in files]:
-        answers = restored.classes(samples.raw, task, top)
-        targets: Sequence[int | None] = samples.targets or [None] * len(answers)
-        found += [Prediction(n, a, t) for n, a, t in zip(samples.names, answers, targets, strict=True)]
+    for _, group in groupby(samples, key=lambda s: s.raw.dtype):
+        together = list(group)
+        answers = restored.classes(torch.cat([s.raw for s in together]), task, top)
+        names = [n for s in together for n in s.names]
+        targets = [t for s in together for t in s.targets or [None] * len(s.names)]
+        found += [Prediction(n, a, t) for n, a, t in zip(names, answers, targets, strict=True)]
     return found
 
 
@@ -89,8 +93,8 @@ def measure(restored: Restored, files: Sequence[str | Path], task: int | None) -
     return found
 
 
-def read(path: Path, stream: Stream, note: Note) -> Samples:
-    """The samples of a file.
+def read(path: Path, stream: Stream, note: Note, task: int = 0) -> Samples:
+    """The samples of a file, which belong to experience `task`.
 
     Raises:
         UserError: as `classify`.
@@ -101,20 +105,20 @@ def read(path: Path, stream: Stream, note: Note) -> Samples:
         raise UserError(f"{path}: expected a file, got a folder; name its files, for example {path}/*")
     suffix = path.suffix.lower()
     if suffix in ARRAYS:
-        return _arrays(path, stream, note)
+        return _arrays(path, stream, note, task)
     if stream.modality == "text":
         if suffix in TEXTS:
             return _texts(path, stream, note)
         raise UserError(f"{path}: expected .txt (one text a line) or .npz (token ids) for a model of texts")
     if stream.modality == "vector":
         raise UserError(f"{path}: expected .npz with an array x (N, {_shape(stream)[0]}) for a model of vectors")
-    return Samples([str(path)], _image(path, stream, note))
+    return Samples([str(path)], _image(path, stream, note, task))
 
 
 # -- images -----------------------------------------------------------------------------------------------------
 
 
-def _image(path: Path, stream: Stream, note: Note) -> Tensor:
+def _image(path: Path, stream: Stream, note: Note, task: int) -> Tensor:
     """One image file as raw samples (1, C, H, W)."""
     import warnings
 
@@ -138,7 +142,7 @@ def _image(path: Path, stream: Stream, note: Note) -> Tensor:
         note(f"{path}: resized from {image.width} x {image.height} to {width} x {height} pixels")
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).reshape(height, width, channels).permute(2, 0, 1)
-    return _as_stored(pixels.unsqueeze(0), 255.0, stream)
+    return _as_stored(pixels.unsqueeze(0), 255.0, stream, task)
 
 
 def _plain(image: Any, mode: str) -> Any:
@@ -155,12 +159,12 @@ def _plain(image: Any, mode: str) -> Any:
     return image.convert(mode)
 
 
-def _as_stored(values: Tensor, highest: float, stream: Stream) -> Tensor:
+def _as_stored(values: Tensor, highest: float, stream: Stream, task: int) -> Tensor:
     """Numbers 0..`highest` in the range and type of the stream's raw samples."""
     first = stream.experiences[0].train.x
     if first.is_floating_point():
         return values.to(torch.float32) / highest
-    scale = full_scale(stream.transform) or 255.0
+    scale = full_scale(stream.transform, task) or 255.0
     if scale == highest:
         return values.to(first.dtype)
     return (values.to(torch.float64) * (scale / highest)).round().to(first.dtype)
@@ -169,7 +173,7 @@ def _as_stored(values: Tensor, highest: float, stream: Stream) -> Tensor:
 # -- arrays -----------------------------------------------------------------------------------------------------
 
 
-def _arrays(path: Path, stream: Stream, note: Note) -> Samples:
+def _arrays(path: Path, stream: Stream, note: Note, task: int) -> Samples:
     """`x` and perhaps `y` of an .npz file, or all of an .npy file."""
     found = _load(path)
     unknown = sorted(found.keys() - {"x", "y"})
@@ -178,7 +182,7 @@ def _arrays(path: Path, stream: Stream, note: Note) -> Samples:
         raise UserError(f"{path}: expected an array x (and y, where the classes are known), {has}")
     if unknown:
         note(f"{path}: only x and y are used, not {', '.join(unknown)}")
-    raw = _fitting(path, found["x"], stream, note)
+    raw = _fitting(path, found["x"], stream, note, task)
     targets = None if "y" not in found else _targets(path, found["y"], len(raw), stream)
     return Samples([f"{path}[{i}]" for i in range(len(raw))], raw, targets)
 
@@ -186,17 +190,17 @@ def _arrays(path: Path, stream: Stream, note: Note) -> Samples:
 def _load(path: Path) -> dict[str, np.ndarray]:
     """The file's arrays; objects, which would have to be unpickled, are refused."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        with loaded:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"x": loaded}
             return {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "it holds Python objects" if "allow_pickle" in str(error) else "it cannot be read"
         raise UserError(f"{path}: expected plain arrays saved with numpy.savez, {reason}") from error
 
 
-def _fitting(path: Path, x: np.ndarray, stream: Stream, note: Note) -> Tensor:
+def _fitting(path: Path, x: np.ndarray, stream: Stream, note: Note, task: int) -> Tensor:
     """Samples in the stream's shape and type; one sample alone, and channels behind, are understood."""
     shape = _shape(stream)
     if x.dtype.kind not in "buif":
@@ -221,10 +225,10 @@ def _fitting(path: Path, x: np.ndarray, stream: Stream, note: Note) -> Tensor:
         raise UserError(f"{path}: x: expected finite numbers, got NaN or infinity")
     if first.is_floating_point():
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-    return _pixels(path, x, stream, note)
+    return _pixels(path, x, stream, note, task)
 
 
-def _pixels(path: Path, x: np.ndarray, stream: Stream, note: Note) -> Tensor:
+def _pixels(path: Path, x: np.ndarray, stream: Stream, note: Note, task: int) -> Tensor:
     """Pixels for a stream that stores bytes; floats up to 1 are what the transform makes of bytes and stay so."""
     whole = x.dtype.kind in "bui" or (float(x.max()) > 1.0 and bool((x == np.round(x)).all()))
     if not whole:
@@ -233,10 +237,10 @@ def _pixels(path: Path, x: np.ndarray, stream: Stream, note: Note) -> Tensor:
     if low < 0 or high > 255:
         raise UserError(f"{path}: x: expected pixels 0..255, got {low}..{high}")
     values = torch.from_numpy(np.ascontiguousarray(x, dtype=np.uint8))
-    scale = full_scale(stream.transform)
+    scale = full_scale(stream.transform, task)
     if scale is not None and high > scale:
         note(f"{path}: pixels up to {high} were scaled to 0..{scale:g}, the range of this stream")
-        return _as_stored(values, 255.0, stream)
+        return _as_stored(values, 255.0, stream, task)
     return values
 
 
@@ -286,7 +290,7 @@ def _texts(path: Path, stream: Stream, note: Note) -> Samples:
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise UserError(f"{path}: expected one text a line, there is none")
-    if stream.name != "clinc150":
+    if set(stream.name.split("+")) != {"clinc150"}:
         note(f"{path}: words are hashed into {stream.vocabulary} ids; a task that makes its ids otherwise needs .npz")
     return Samples([_short(t) for t in texts], encode(texts, stream))
 

@@ -85,9 +85,19 @@ class Progress:
         return {name: v.value for name, v in values.items() if v.value is not None}
 
     def finish(
-        self, record: Record, model: Model, timeline: Timeline, loads: Loads, seconds: float, unseen_masked: bool
+        self,
+        record: Record,
+        model: Model,
+        timeline: Timeline,
+        loads: Loads,
+        seconds: float,
+        unseen_masked: bool,
+        held: int = 0,
     ) -> dict[str, Any]:
-        """Figures and tables of the whole run; returns the facts for `run.json`."""
+        """Figures and tables of the whole run; returns the facts for `run.json`.
+
+        `held` counts parameters of further networks that a strategy keeps for prediction.
+        """
         values = compute(record, unseen_masked=unseen_masked)
         pictures = layout.log_matrices(self.tracker, record, self.folder.id)
         layout.log_metrics_table(self.tracker, values)
@@ -102,7 +112,7 @@ class Progress:
         return {
             "metrics": {name: v.value for name, v in values.items()},
             "reasons": {name: v.reason for name, v in values.items() if v.reason},
-            "parameters_total": total,
+            "parameters_total": total + held,
             "parameters_active": active,
             "wall_seconds": round(seconds, 3),
             "pictures": [str(p.relative_to(self.folder.path)) for p in pictures],

@@ -204,7 +204,7 @@ def of_run(folder: RunFolder, plugins: Sequence[str | Path] = (), data: Any = No
     catalogue = Catalogue([*here, *plugins])
     plan = unchecked(config)
     known = facts.get("inputs")
-    if known and known["transform"] is not None:
+    if known and known["transform"] is not None and known["fingerprint"] == saved["data"]:
         stream = rebuild(known)
     else:
         stream = _opened(folder, plugins, data)

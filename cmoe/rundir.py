@@ -63,7 +63,7 @@ class RunFolder:
     def update(self, **facts: Any) -> dict[str, Any]:
         """Change facts in `run.json`, whole or not at all; returns all of them."""
         path = self.path / "run.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = self.facts() if path.exists() else {}
         known.update(facts)
         write_whole(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
         return known
@@ -99,28 +99,36 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def now() -> str:
-    """The present time in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """The present time in UTC, ISO 8601; runs are ordered by it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.") or "run"
+    """`text` as part of a file name, of at most 60 characters."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:60] or "run"
 
 
 def create(root: Path, experiment: str, label: str, seed: int, config_hash: str) -> RunFolder:
-    """A new folder for a run; a second run of the same configuration gets a number of its own."""
+    """A new folder for a run; a second run of the same configuration gets a number of its own.
+
+    Raises:
+        UserError: nothing can be written under `root`.
+    """
     base = f"{slug(experiment)}-{slug(label)}-s{seed}-{config_hash[:6]}"
-    (root / RUNS).mkdir(parents=True, exist_ok=True)
     number = 1
-    while True:
-        path = root / RUNS / (base if number == 1 else f"{base}-{number}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            number += 1
-            continue
-        return RunFolder(path)
+    try:
+        (root / RUNS).mkdir(parents=True, exist_ok=True)
+        while True:
+            path = root / RUNS / (base if number == 1 else f"{base}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            return RunFolder(path)
+    except OSError as error:
+        reason = f"'{root}' ({error.strerror or error})"
+        raise UserError(f"tracking.root: expected a folder that can be written, got {reason}") from error
 
 
 def runs(root: Path) -> list[RunFolder]:
@@ -146,8 +154,8 @@ def find(root: Path, name: str) -> RunFolder:
     Raises:
         UserError: there is no such run, or more than one.
     """
-    if (Path(name) / "run.json").is_file():
-        return RunFolder(Path(name))
+    if name and (Path(name) / "run.json").is_file():
+        return RunFolder(Path(os.path.abspath(name)))
     known = runs(root)
     if not known:
         raise UserError(f"no runs in {root}; start one with: cmoe run quickstart")

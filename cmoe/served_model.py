@@ -7,7 +7,6 @@ bits_per_byte and accuracy. Nothing of cmoe imports this file.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +47,25 @@ def _arrays(restored, values, task: int | None) -> list[dict[str, Any]]:
     return _rows(restored, torch.tensor(x).to(like.dtype), task)
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # MLflow asks for type hints, which do not know arrays
+class Served(mlflow.pyfunc.PythonModel):
+    """An export behind MLflow's pyfunc interface."""
 
-    class Served(mlflow.pyfunc.PythonModel):
-        """An export behind MLflow's pyfunc interface."""
+    def load_context(self, context) -> None:
+        """Restore the model once."""
+        self.restored = load(Path(context.artifacts["export"]))
 
-        def load_context(self, context) -> None:
-            """Restore the model once."""
-            self.restored = load(Path(context.artifacts["export"]))
-
-        def predict(self, context, model_input, params=None):
-            """A row for each input, see the module."""
-            restored = self.restored
-            try:
-                task = restored.task((params or {}).get("task"), key="params.task")
-                if restored.stream.vocabulary is None:
-                    return pd.DataFrame(_arrays(restored, model_input, task))
-                texts = model_input["text"] if isinstance(model_input, pd.DataFrame) else model_input
-                return pd.DataFrame(_texts(restored, [str(t) for t in texts], task))
-            except UserError as error:  # the client's mistake: HTTP 400
-                raise MlflowException.invalid_parameter_value(str(error)) from error
+    # of all type hints this one makes MLflow neither check nor warn; texts come as a data frame
+    def predict(self, context, model_input: np.ndarray, params=None):
+        """A row for each input, see the module."""
+        restored = self.restored
+        try:
+            task = restored.task((params or {}).get("task"), key="params.task")
+            if restored.stream.vocabulary is None:
+                return pd.DataFrame(_arrays(restored, model_input, task))
+            texts = model_input["text"] if isinstance(model_input, pd.DataFrame) else model_input
+            return pd.DataFrame(_texts(restored, [str(t) for t in texts], task))
+        except UserError as error:  # the client's mistake: HTTP 400
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 set_model(Served())

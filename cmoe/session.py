@@ -18,6 +18,7 @@ from cmoe.environment import differences, environment
 from cmoe.errors import RunFailed, UserError
 from cmoe.evaluation import Evaluator, Load, router_drift
 from cmoe.fit import Placement, fit
+from cmoe.inputs import describe
 from cmoe.learners import Head, Learner
 from cmoe.metrics import Record
 from cmoe.plugins import Catalogue
@@ -133,6 +134,7 @@ class Session:
         self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
         self.progress.start()
         self.folder.update(status="RUNNING", environment=self.environment, data=self.stream.fingerprint)
+        self.folder.update(inputs=describe(self.stream))
         self.record = self.evaluator.new_record()
         self.record.save_targets(self.folder.rows)
         if self.plan.evaluation["initial"] and len(self.model.head):
@@ -173,7 +175,7 @@ class Session:
         self._phase_steps = state["phase_steps"]
         self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
         self.progress.resume(state["wal"])
-        self.folder.update(status="RUNNING")
+        self.folder.update(status="RUNNING", inputs=describe(self.stream))
         # last: building and loading may draw random numbers
         checkpoint.restore_generators(state["generators"])
 
@@ -403,7 +405,10 @@ class Session:
     def close(self) -> dict[str, Any]:
         """Figures, tables and the end of the run."""
         seconds = self.earlier_seconds + time.monotonic() - self.started
-        facts = self.progress.finish(self.record, self.model, self.timeline, self.loads, seconds, self._unseen_masked())
+        held = sum(s.parameters() for s in self.strategies)
+        facts = self.progress.finish(
+            self.record, self.model, self.timeline, self.loads, seconds, self._unseen_masked(), held
+        )
         # nothing of this is delivered before the run counts as finished: a kill until then repeats it unseen
         wal = self.progress.sync()
         facts = self.folder.update(status="FINISHED", finished=now(), segments=len(self.segments), **facts)

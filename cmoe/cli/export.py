@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,8 +36,15 @@ def main(args: argparse.Namespace) -> int:
         print(f"weights:  {written['weights']} ({written['parameters']:,} parameters, {_size(written['bytes'])})")
         print(f"config:   {written['config']}")
         print(f"MLflow:   {written['mlflow_model']}")
-        print(f"serve it: mlflow models serve -m {written['mlflow_model']} --env-manager local -p 5001")
+        print(f"serve it: {_mlflow()} models serve -m {written['mlflow_model']} --env-manager local -p 5001")
     return DONE
+
+
+def _mlflow() -> str:
+    """The command as this shell can call it: MLflow itself looks for its web server on the path."""
+    if shutil.which("mlflow") and shutil.which("uvicorn"):
+        return "mlflow"
+    return f"PATH={Path(sys.executable).parent}:$PATH mlflow"
 
 
 def _size(count: int) -> str:

@@ -41,8 +41,8 @@ def main(args: argparse.Namespace) -> int:
     if not args.json and rows:
         print(f"\n{args.name}: {study.published.get('source', '')}\n{study.published.get('unit', '')}\n")
         print(render(rows))
-        outside = [r for r in rows if not r["within"]]
-        print(f"\n{len(rows) - len(outside)} of {len(rows)} cells are within the tolerance")
+        held = [r["within"] for r in rows if r["within"] is not None]
+        print(f"\n{sum(held)} of {len(held)} published cells are within the tolerance")
         print(f"runs: {Path(plans[0].tracking['root']) / 'runs'}")
     return exit_code(jobs)
 
@@ -60,11 +60,11 @@ def hold_against(published: dict[str, Any], jobs: list[Any]) -> list[dict[str, A
         done = [j for j in jobs if j.plan.label == label and j.facts]
         for metric, theirs in cells.items():
             values = [100 * j.facts["metrics"][metric] for j in done if j.facts["metrics"].get(metric) is not None]
-            if not values or theirs is None:
+            if not values:
                 continue
             ours = summarise(values)
             error = ours.std / len(values) ** 0.5 if ours.std is not None else 0.0
-            difference = ours.mean - theirs
+            difference = None if theirs is None else ours.mean - theirs
             rows.append(
                 {
                     "row": label,
@@ -75,7 +75,7 @@ def hold_against(published: dict[str, Any], jobs: list[Any]) -> list[dict[str, A
                     "seeds": sorted(j.plan.seed for j in done),
                     "published": theirs,
                     "difference": difference,
-                    "within": abs(difference) <= max(tolerance, 2 * error),
+                    "within": None if difference is None else abs(difference) <= max(tolerance, 2 * error),
                 }
             )
     return rows
@@ -92,9 +92,9 @@ def render(rows: list[dict[str, Any]]) -> str:
                 r["metric"],
                 str(len(r["seeds"])),
                 f"{r['ours']:.2f}{spread}",
-                f"{r['published']:.2f}",
-                f"{r['difference']:+.2f}",
-                "yes" if r["within"] else "NO",
+                "–" if r["published"] is None else f"{r['published']:.2f}",
+                "–" if r["difference"] is None else f"{r['difference']:+.2f}",
+                {True: "yes", False: "NO", None: "–"}[r["within"]],
             ]
         )
     return table(lines, indent="  ")

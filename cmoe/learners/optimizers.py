@@ -54,7 +54,9 @@ class Adam:
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over `parameters`."""
-        return torch.optim.Adam(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)
+        # fused: a third of the time on a CPU, where most small runs are
+        betas = (self.beta1, self.beta2)
+        return torch.optim.Adam(parameters, self.lr, betas, self.eps, self.weight_decay, fused=True)
 
 
 @dataclass
@@ -77,7 +79,8 @@ class AdamW:
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over `parameters`."""
-        return torch.optim.AdamW(parameters, self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay)
+        betas = (self.beta1, self.beta2)
+        return torch.optim.AdamW(parameters, self.lr, betas, self.eps, self.weight_decay, fused=True)
 
 
 OptimizerOptions = SGD | Adam | AdamW

@@ -71,7 +71,11 @@ class Avalanche(Strategy):
         if self.native is None:
             self.native = self._make(optimizer)
         train: Any = self.context.stream.benchmark.streams["train"]
-        self.native.train([train[experience] for experience in segment.experiences], num_workers=0)
+        self.native.train(
+            [train[experience] for experience in segment.experiences],
+            num_workers=0,
+            reset_optimizer_state=self.context.options["optimizer"]["reset"] == "experience",
+        )
         if self.native.model.model is not self.context.model:  # some, such as GDumb, train a copy
             self.context.model.load_state_dict(self.native.model.model.state_dict())
 

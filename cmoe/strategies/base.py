@@ -175,6 +175,10 @@ class Strategy(StepHooks):
         """Logits (B, U) for inputs whose task label is given or None; None leaves the model's own."""
         return None
 
+    def parameters(self) -> int:
+        """Weights that predicting needs beside the model's own, for the comparison of sizes."""
+        return 0
+
     def facts(self) -> dict[str, float]:
         """Figures worth tracking after each experience, such as bytes held."""
         return {}

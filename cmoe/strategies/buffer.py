@@ -59,10 +59,12 @@ class Buffer:
             self.filled += 1
             self._class_of.append(label)
         else:
-            largest = max(self._members, key=lambda c: (len(self._members[c]), -c))
-            self._full.add(largest)
+            most = max(map(len, self._members.values()))
+            largest = [c for c, m in self._members.items() if len(m) == most]
+            self._full.update(largest)
             if label not in self._full:
-                place = self._members[largest].pop(int(draw * len(self._members[largest])))
+                victims = self._members[min(largest)]
+                place = victims.pop(int(draw * most))
                 self._class_of[place] = label
             else:
                 k = int(draw * self.class_seen[label])

@@ -103,6 +103,8 @@ class OnlineEWC(Strategy):
             return F.cross_entropy(logits, target)
 
         weights = {n: p.detach() for n, p in named.items()}
+        with torch.no_grad():  # the head keeps its tables; made inside the transform they would be dead after it
+            loss(weights, x[0], y[0])
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no batching rule
             gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0))(weights, x, y)
         weight = torch.exp(-losses) if self.fisher == "confidence" else torch.ones_like(losses)

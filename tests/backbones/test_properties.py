@@ -210,5 +210,7 @@ def test_dropout_acts_in_training_only(name: str) -> None:
 )
 def test_layers_picks_where_experts_go(layers: str | list[int], places: list[int]) -> None:
     made, sizes, shape, _ = SIZES["mlp"]
-    backbone: Backbone = made(**sizes, input_shape=shape, vocabulary=None, experts=ExpertLayers(2, TaskTable, layers=layers))
+    backbone: Backbone = made(
+        **sizes, input_shape=shape, vocabulary=None, experts=ExpertLayers(2, TaskTable, layers=layers)
+    )
     assert list(backbone.moe_layers()) == [f"layers.{i}" for i in places]

@@ -163,7 +163,9 @@ def test_a_phase_may_leave_hooks_out_and_have_its_own_loss() -> None:
     log: list[str] = []
     made = model("shared", CLASSES)
     ours = learner([Spy("a", log, made)], made)
-    ours.begin_phase(SGD().build(made.parameters()), None, lambda output, batch: {"own": 0 * output.logits.sum()}, False)
+    ours.begin_phase(
+        SGD().build(made.parameters()), None, lambda output, batch: {"own": 0 * output.logits.sum()}, False
+    )
     before = weights(ours)
     ours.step(batches(1)[0])
     assert log == []

@@ -36,7 +36,9 @@ def allowed(kind: str, train_outputs: str, units: list[tuple[int, int]], task: i
     return [u for u, (c, _) in enumerate(units) if c in classes]
 
 
-def naive(kind: str, train_outputs: str, made: Head, logits: list[list[float]], y: list[int], tasks: list[int]) -> float:
+def naive(
+    kind: str, train_outputs: str, made: Head, logits: list[list[float]], y: list[int], tasks: list[int]
+) -> float:
     total, count = 0.0, 0
     for row, label, task in zip(logits, y, tasks, strict=True):
         among = allowed(kind, train_outputs, made.units, task)
