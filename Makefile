@@ -10,7 +10,7 @@ UV := uv==0.13.9
 export OMP_WAIT_POLICY := passive
 
 help:
-	@echo "make demo    a small task stream with four strategies, compared, with pictures (about two minutes)"
+	@echo "make demo    a small task stream with three strategies, compared, with pictures (about two minutes)"
 	@echo "make test    lint, types, layers and the test suite"
 	@echo "make setup   only the .venv, from requirements.lock"
 	@echo "make lint    ruff, type checker, import layers"

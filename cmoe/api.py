@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmoe.config.load import read
 from cmoe.config.plan import Plan
+from cmoe.config.study import read_study
 from cmoe.config.text import read_file
 from cmoe.errors import UserError
 from cmoe.plugins import Catalogue
@@ -27,7 +27,11 @@ def plan_of(
         UserError: anything in it is wrong.
     """
     catalogue = Catalogue(plugins)
-    return read(config, overrides, catalogue), catalogue
+    plans = read_study(config, overrides, catalogue).plans
+    if len(plans) > 1:
+        names = ", ".join(p.label for p in plans)
+        raise UserError(f"{config}: expected one run, got the variants {names}; pick one with strategy=…")
+    return plans[0], catalogue
 
 
 def start(
@@ -57,6 +61,14 @@ def start_in(
     except UserError:
         _forget_unstarted(folder)
         raise
+
+
+def prepare_tracking(plan: Plan) -> None:
+    """Create the tracking database under the plan's root where there is none yet: seconds that are no run's own."""
+    from cmoe.tracking.store import locate, prepare
+
+    if plan.tracking["enabled"]:
+        prepare(locate(plan.tracking["root"], plan.tracking["uri"]))
 
 
 def new_run(plan: Plan) -> RunFolder:

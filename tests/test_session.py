@@ -15,7 +15,7 @@ from cmoe.errors import RunFailed, UserError
 from cmoe.metrics import Record
 from cmoe.reporting import Reporter
 from cmoe.rundir import RunFolder, runs
-from cmoe.session import Session
+from cmoe.session import Interrupted, Session
 
 from .drawing import undrawn
 
@@ -193,7 +193,7 @@ def test_data_is_looked_for_where_the_run_found_it(tmp_path: Path) -> None:
     plan, catalogue = api.plan_of({**BASE, "stream": {"name": "arrays", "path": "a.npz"}})
     folder = api.new_run(plan)
     stopped = iter([False, True])
-    with pytest.raises(Exception, match=""):
+    with pytest.raises(Interrupted):
         api.start_in(plan, folder, catalogue, api.data_folder(tmp_path / "elsewhere"), stop=lambda: next(stopped, True))
     assert api.resume(folder)["status"] == "FINISHED"
     np.savez(tmp_path / "elsewhere" / "a.npz", x=np.zeros((40, 6)), y=np.arange(40) % 2)

@@ -48,11 +48,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     {
                         "experiment": "browser",
                         "seed": seed,
-                        "stream": {"name": "split_digits", "scenario": "task"},
+                        "stream": {"name": "split_digits", "scenario": "task", "experiences": 2},
                         "optimizer": {"name": "adam", "lr": 0.01},
-                        "trainer": {"max_steps": 12, "batch_size": 16, "log_every": 4},
+                        "trainer": {"max_steps": 8, "batch_size": 16, "log_every": 4},
                         "tracking": {"root": str(folder / "mlruns")},
-                        **{**variant, "model": {"name": "mlp", "hidden": [32], **variant.get("model", {})}},
+                        **variant,
+                        "model": {"name": "mlp", "hidden": [32], **variant.get("model", {})},
                     }
                 )
     return folder / "mlruns"
@@ -61,7 +62,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def link(root: Path) -> Iterator[str]:
     """The link that `cmoe ui` prints; Ctrl-C ends it with exit code 0."""
-    command = [sys.executable, "-m", "cmoe.cli.main", "ui", "browser", "--no-browser", "--root", str(root), "--port", "21000"]
+    command = [
+        sys.executable,
+        "-m",
+        "cmoe.cli.main",
+        "ui",
+        "browser",
+        "--no-browser",
+        "--root",
+        str(root),
+        "--port",
+        "21000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # the signal that ends a hanging start also ends the reading below
     watchdog = threading.Timer(PATIENCE, process.terminate)
@@ -156,22 +168,21 @@ async def browser(pictures: Path) -> AsyncIterator[Page]:
         process.wait(10)
 
 
-def heat_map(root: Path, base: str) -> tuple[str, str]:
-    """The addresses of the heat map of one run, and of that run."""
+def heat_map(root: Path, base: str) -> str:
+    """The address of the heat map of one run."""
     location = store.locate(root)
     client = store.client(location)
     experiment = client.get_experiment_by_name("browser")
     assert experiment is not None
     run = client.search_runs([experiment.experiment_id], "params.strategy = 'expand'")[0]
-    path = "figures/matrix_task_il.png"
-    return ui.artifact_link(base, experiment.experiment_id, run.info.run_id, path), run.info.run_id
+    return ui.artifact_link(base, experiment.experiment_id, run.info.run_id, "figures/matrix_task_il.png")
 
 
-# the chart's lines carry the groups' names; the table's rows carry the runs' names
-WORDS = "document.body.innerText.includes({0!r})"
-CHARTS = "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length"
-LEGEND = "[...document.querySelectorAll('.js-plotly-plot')].map(p => (p.data || []).map(t => t.name || '')).flat()"
-PICTURE = "[...document.querySelectorAll('img')].filter(i => i.complete && i.naturalWidth > 300).map(i => i.naturalWidth)"
+# what is drawn, not what is in memory
+DRAWN = "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace path.js-line').length"
+PICTURE = (
+    "[...document.querySelectorAll('img')].filter(i => i.complete && i.naturalWidth > 300).map(i => i.naturalWidth)"
+)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
@@ -180,18 +191,18 @@ def test_the_ui_shows_runs_charts_and_heat_maps(root: Path, link: str, tmp_path:
 
 
 async def look(root: Path, link: str, pictures: Path) -> None:
-    base = link.partition("/#")[0]
+    """All that must be seen."""
+    names = [p.name for p in (root / "runs").iterdir()]
+    assert len(names) == len(STRATEGIES) * len(SEEDS)
     async with browser(pictures) as page:
         await page.open(link)
-        await page.until(WORDS.format("Accuracy over experiences"), "the comparison chart")
-        lines = await page.until(f"{CHARTS} >= 3 && {CHARTS}", "a line for each strategy")
-        await page.shoot("charts")
-        text = await page.evaluate("document.body.innerText")
-        legend = await page.evaluate(LEGEND)
-        print(lines, legend, text[:3000])
+        await page.until(f"{DRAWN} >= {len(STRATEGIES)} && {DRAWN}", "a line for each strategy")
+        for word in [*names, *(f"Group: {strategy}" for strategy in STRATEGIES), "Group by: strategy", "Comparison"]:
+            await page.until(f"document.body.innerText.includes({word!r})", repr(word))
         for strategy in STRATEGIES:
-            assert strategy in text
-        picture, _ = heat_map(root, base)
-        await page.open(picture)
+            line = f"{strategy} (task_il/acc_macro)"
+            await page.until(f"document.body.innerText.includes({line!r})", f"the line {line!r}")
+        await page.shoot("charts")
+        await page.open(heat_map(root, link.partition("/#")[0]))
         await page.until(f"({PICTURE}).length && {PICTURE}", "the heat map")
         await page.shoot("heatmap")

@@ -36,5 +36,6 @@ def main(args: argparse.Namespace) -> int:
     def work(plan: Plan, folder: RunFolder) -> Work:
         return lambda console, stop: api.start_in(plan, folder, found, where, console, stop)
 
+    api.prepare_tracking(first)
     folders = ((plan, api.new_run(plan)) for plan in study.plans)
     return execute(args, ((folder, plan.label, work(plan, folder)) for plan, folder in folders))

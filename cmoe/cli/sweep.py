@@ -67,6 +67,7 @@ def plans_of(args: argparse.Namespace) -> list[Any]:
 
 def run_all(args: argparse.Namespace, plans: list[Any]) -> list[Any]:
     """Run every plan; what is finished is skipped. Lines about each go to standard error."""
+    from cmoe.api import prepare_tracking
     from cmoe.cli.console import Console, StopFlag
     from cmoe.sweep import Job, sweep
 
@@ -75,6 +76,7 @@ def run_all(args: argparse.Namespace, plans: list[Any]) -> list[Any]:
     parallel = args.jobs or os.cpu_count() or 1
     jobs = [Job(plan, f"{plan.label} s{plan.seed}") for plan in plans]
     print(f"cmoe: {len(jobs)} runs, {min(parallel, len(jobs))} at a time", file=sys.stderr, flush=True)
+    prepare_tracking(plans[0])
     console = Console()
     stop = StopFlag(console.line)
 

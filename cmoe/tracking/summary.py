@@ -61,7 +61,8 @@ def read_run(folder: Path, matrices: bool = True) -> RunSummary | None:
 
 
 def load_runs(root: Path, experiment: str, finished: bool = True, matrices: bool = True) -> list[RunSummary]:
-    """The runs of an experiment under `<root>/runs`, by label and seed; of two with the same both, the newer one.
+    """The runs of an experiment under `<root>/runs`, in order of their labels' first run, then by seed; of
+    two with the same both, the newer one.
 
     Raises:
         UserError: there is no such experiment, or none of its runs is finished.
@@ -82,7 +83,10 @@ def load_runs(root: Path, experiment: str, finished: bool = True, matrices: bool
     newest: dict[tuple[str, int], RunSummary] = {}
     for run in sorted(done, key=lambda r: str(r.created or "")):
         newest[run.label, run.seed] = run
-    chosen = sorted(newest.values(), key=lambda r: (r.label, r.seed))
+    first: dict[str, str] = {}  # labels in the order in which they were first run, which is the file's
+    for run in newest.values():
+        first[run.label] = min(first.get(run.label, "~"), str(run.created or ""))
+    chosen = sorted(newest.values(), key=lambda r: (first[r.label], r.label, r.seed))
     if not matrices:
         return chosen
     return [full for run in chosen if (full := read_run(Path(root) / "runs" / run.run_id))]

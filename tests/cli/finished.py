@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from cmoe import api
-from cmoe.inputs import describe
-from cmoe.restored import _opened
 from cmoe.rundir import RunFolder
 
 TABLE = {"experts": 1, "router": "task_table"}
@@ -39,9 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(
-    root: Path, name: str, seed: int = 0, tracking: bool = False, described: bool = True, **more: Any
-) -> RunFolder:
+def make(root: Path, name: str, seed: int = 0, tracking: bool = False, **more: Any) -> RunFolder:
     """A run of a variant under `<root>/mlruns`, trained for a few steps."""
     data = root / "data"
     if not data.exists():
@@ -63,10 +59,7 @@ def make(
         "trainer": {"max_steps": options.get("max_steps", 6), "batch_size": 16, "precision": options["precision"]},
         "tracking": {"root": str(root / "mlruns"), "enabled": tracking},
     }
-    run = api.run(config, data=data)
-    if described and "inputs" not in run.facts():
-        run.update(inputs=describe(_opened(run, (), None)))
-    return run
+    return api.run(config, data=data)
 
 
 def write_data(data: Path) -> None:

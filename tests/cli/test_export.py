@@ -29,7 +29,18 @@ from cmoe.rundir import RunFolder
 from .finished import make
 
 # every kind of head, router, input and type of weights; the rest is in test_predict
-KINDS = ["growing", "topk", "expand", "separate", "joint", "float64", "convnet", "text", "bytes_expand", "bytes_separate"]
+KINDS = [
+    "growing",
+    "topk",
+    "expand",
+    "separate",
+    "joint",
+    "float64",
+    "convnet",
+    "text",
+    "bytes_expand",
+    "bytes_separate",
+]
 
 
 @pytest.fixture(scope="module")

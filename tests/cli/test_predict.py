@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cmoe import inputs, predict
-from cmoe.api import data_of_run, plan_of_run
+from cmoe.api import data_of_run, extend, plan_of_run
 from cmoe.assembly import make_stream
 from cmoe.cli import main
 from cmoe.errors import UserError
@@ -334,6 +334,23 @@ def check_last_row(run: RunFolder, restored: Restored) -> None:
     pred = record.rows[record.last].columns[0].pred
     assert pred is not None
     assert [a[0][0] for a in restored.classes(raw, None)] == pred.tolist()
+
+
+def test_an_extended_run_answers_for_its_new_task(tmp_path: Path) -> None:
+    run = make(tmp_path, "naive", stream={"name": "split_digits"}, label="longer")
+    before = of_run(run)
+    extend(run, {"name": "split_digits", "experiences": 2})
+    stream, restored = opened(run), of_run(run)
+    assert len(restored.stream.experiences) == len(before.stream.experiences) + 2
+    assert len(restored.stream.experiences[0].train) == 0
+    record = Record.load(run.rows)
+    for experience in stream.experiences:
+        pred = record.rows[record.last].columns[experience.index].pred
+        assert pred is not None
+        assert [a[0][0] for a in restored.classes(experience.test.raw(), None)] == pred.tolist()
+    # what was written down of the shorter stream would not be believed
+    run.update(inputs=inputs.describe(before.stream))
+    assert len(of_run(run).stream.experiences) == len(stream.experiences)
 
 
 TRANSFORMS = [

@@ -119,7 +119,9 @@ sys.exit(main.main(["ui", "digits", "--root", {root!r}, "--no-browser", "--port"
 def test_stopping_is_a_normal_end_and_leaves_nothing(root: Path, tmp_path: Path, number: int) -> None:
     (root / "mlflow.db").touch()
     pids = tmp_path / "pids"
-    text = PROGRAM.format(stand_in=textwrap.dedent(STAND_IN), pids=str(pids), root=str(root), port=str(ui.free_port(20000)))
+    text = PROGRAM.format(
+        stand_in=textwrap.dedent(STAND_IN), pids=str(pids), root=str(root), port=str(ui.free_port(20000))
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
