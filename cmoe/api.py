@@ -103,8 +103,14 @@ def resume(
     Raises:
         UserError: the data, the machine or the versions changed since the run began (unless `anyway`).
     """
+    facts = folder.facts()
+    if facts.get("status") == "EXTENDING":
+        catalogue = Catalogue([*facts["config"].get("plugins", []), *plugins])
+        longer = Plan.from_dict(facts["config"], catalogue, str(folder.path / "run.json"))
+        write_whole(folder.path / "config.yaml", longer.to_yaml())
     plan, catalogue = plan_of_run(folder, plugins)
-    if folder.facts().get("status") == "FINISHED":
+    if facts.get("status") == "FINISHED":
+        _complete_log(folder, plan)
         deliver_rest(folder)
         return folder.facts()
     where = data or data_of_run(folder)
@@ -152,8 +158,9 @@ def extend(
         stream["then"] = [*stream["then"], spec]
     longer = Plan.from_dict(config, Catalogue([*config.get("plugins", []), *plugins]), "extend")
     make_stream_early(longer, catalogue, where)
-    write_whole(folder.path / "config.yaml", longer.to_yaml())
+    # run.json first: a kill between the two is mended by `resume`, which finds the state there
     folder.update(status="EXTENDING", config=longer.to_dict(), config_hash=longer.hash)
+    write_whole(folder.path / "config.yaml", longer.to_yaml())
     return _work(longer, folder, catalogue, where, reporter, stop, anyway)
 
 
@@ -182,6 +189,18 @@ def _further(folder: RunFolder, plan: Plan, catalogue: Catalogue, data: DataFold
     if not done < wanted <= have:
         raise UserError(f"run {folder.id}: expected 1 to {have - done} further experiences, got {task}")
     return 0 if wanted == have else wanted
+
+
+def _complete_log(folder: RunFolder, plan: Plan) -> None:
+    """Commit and end the log of a run that was killed after it counted as finished and before its log was closed."""
+    from cmoe.tracking import deliver
+    from cmoe.tracking.store import locate
+    from cmoe.tracking.tracker import Tracker
+
+    if deliver.committed(folder.path) < folder.wal.stat().st_size:
+        tracking = plan.tracking
+        location = locate(tracking["root"], tracking["uri"]) if tracking["enabled"] else None
+        Tracker(folder.path, folder.id, plan.experiment, location).finish("FINISHED")
 
 
 def deliver_rest(folder: RunFolder, uri: str | None = None) -> int:

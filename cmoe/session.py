@@ -13,6 +13,7 @@ import torch
 
 from cmoe import checkpoint
 from cmoe.assembly import BYTES, component, make_model, make_objective, make_stream, seed_for
+from cmoe.backbones.mlp import glorot
 from cmoe.config.plan import Plan
 from cmoe.environment import differences, environment
 from cmoe.errors import RunFailed, UserError
@@ -20,6 +21,7 @@ from cmoe.evaluation import Evaluator, Load, router_drift
 from cmoe.fit import Placement, fit
 from cmoe.inputs import describe
 from cmoe.learners import Head, Learner
+from cmoe.learners.head import SHARED
 from cmoe.metrics import Record
 from cmoe.plugins import Catalogue
 from cmoe.progress import Progress
@@ -133,7 +135,7 @@ class Session:
     def _start(self) -> None:
         self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
         self.progress.start()
-        self.folder.update(status="RUNNING", environment=self.environment, data=self.stream.fingerprint)
+        self.folder.update(status="RUNNING", error=None, environment=self.environment, data=self.stream.fingerprint)
         self.folder.update(inputs=describe(self.stream))
         self.record = self.evaluator.new_record()
         self.record.save_targets(self.folder.rows)
@@ -175,7 +177,7 @@ class Session:
         self._phase_steps = state["phase_steps"]
         self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
         self.progress.resume(state["wal"])
-        self.folder.update(status="RUNNING", inputs=describe(self.stream))
+        self.folder.update(status="RUNNING", error=None, inputs=describe(self.stream))
         # last: building and loading may draw random numbers
         checkpoint.restore_generators(state["generators"])
 
@@ -191,7 +193,14 @@ class Session:
             for e in experiences:
                 if e not in head.tasks:
                     torch.manual_seed(seed_for(self.plan.seed, f"{purpose} head {e}"))
-                    head.add(range(BYTES) if self.stream.language else self.stream.experiences[e].classes, e)
+                    self._add_outputs(
+                        head, range(BYTES) if self.stream.language else self.stream.experiences[e].classes, e
+                    )
+
+    def _add_outputs(self, head: Head, classes: Iterable[int], task: int = SHARED) -> None:
+        block = head.blocks[head.add(list(classes), task)]
+        if self.plan.model.get("init") == "xavier":
+            block.apply(glorot)
 
     def _context(self) -> Context:
         plan = self.plan
@@ -259,7 +268,7 @@ class Session:
         new = [c for c in wanted if c not in head.classes]
         if new:
             with self.context.seeded(f"head {new}"):
-                head.add(new)
+                self._add_outputs(head, new)
 
     def announce(self, segment: Segment) -> None:
         """Track what the strategies made of the model for this segment."""
@@ -329,7 +338,9 @@ class Session:
     def _keep_carried(self) -> None:
         assert self.optimizer is not None
         state = self.optimizer.state
-        self.carried = {n: dict(state[p]) for n, p in self.model.named_parameters() if p in state}
+        named = dict(self.model.named_parameters())
+        kept = {n: s for n, s in self.carried.items() if n in named}  # a phase may train a part of the network
+        self.carried = kept | {n: dict(state[p]) for n, p in named.items() if p in state}
 
     def _take_carried(self, parameters: list[torch.nn.Parameter]) -> None:
         assert self.optimizer is not None
@@ -409,6 +420,8 @@ class Session:
         facts = self.progress.finish(
             self.record, self.model, self.timeline, self.loads, seconds, self._unseen_masked(), held
         )
+        if self.native is not None:
+            self.save()  # never resumed from, but predicted with
         # nothing of this is delivered before the run counts as finished: a kill until then repeats it unseen
         wal = self.progress.sync()
         facts = self.folder.update(status="FINISHED", finished=now(), segments=len(self.segments), **facts)
@@ -465,6 +478,10 @@ class Session:
             yield
         except Interrupted:
             self._ended("INTERRUPTED")
+            raise
+        except UserError:
+            if getattr(self, "progress", None) is not None:  # else it was refused before anything began
+                self._ended("FAILED")
             raise
         except BaseException as error:
             self._ended("FAILED", error=f"{type(error).__name__}: {error}".splitlines()[0])

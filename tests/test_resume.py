@@ -166,7 +166,6 @@ def test_a_finished_run_is_left_alone(here: Path) -> None:
     assert snapshot() == before
 
 
-@pytest.mark.xfail(reason="open: what is committed after run.json says FINISHED is lost", strict=True)
 def test_a_kill_right_after_the_end_loses_nothing_of_the_log(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is committed, so that it can be delivered, and the log says how the run ended."""
     from cmoe.progress import Progress
@@ -222,7 +221,6 @@ def test_what_is_not_exact_is_refused(facts: dict[str, str], said: str, referenc
     same_end(reference, folder)
 
 
-@pytest.mark.xfail(reason="open: a refused run becomes FAILED", strict=True)
 def test_a_refusal_changes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = begin("mlruns", Stop(3))
     before = folder.facts()
@@ -284,7 +282,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(reference: RunFol
     same_end(reference, folder)
 
 
-@pytest.mark.xfail(reason="open: the old error stays in run.json", strict=True)
 def test_the_error_of_a_failed_run_is_gone_when_it_is_finished(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, catalogue = api.plan_of(CONFIG)
     folder = api.new_run(plan)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers, select
-from cmoe.config.types import Fraction
+from cmoe.config.types import Fraction, PositiveInt
 from cmoe.moe import RouteContext
 
 
@@ -27,7 +27,7 @@ class MLP(Backbone):
 
     def __init__(
         self,
-        hidden: list[int] | None = None,
+        hidden: list[PositiveInt] | None = None,
         init: Literal["torch", "xavier"] = "torch",
         dropout: Fraction = 0.0,
         *,

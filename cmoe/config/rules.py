@@ -82,6 +82,25 @@ def owner_of_loop_alone(view: View) -> None:
             view.refuse(key, f"'{name}' alone, it has its own training loop", f"it beside {others}")
 
 
+def native_loop_has_no_extras(view: View) -> None:
+    for key, name in view.strategies():
+        if not view.attribute(key, "owns_loop", False):
+            continue
+        plain = {"max_steps": 0, "clip_norm": 0.0, "clip_value": 0.0, "precision": "32-true"}
+        for option, default in plain.items():
+            if view.plan.trainer[option] != default:
+                got = repr(view.plan.trainer[option])
+                view.refuse(f"trainer.{option}", f"{default!r} with '{name}', whose own loop does not know it", got)
+        if view.plan.scheduler["name"] != "constant":
+            got = repr(view.plan.scheduler["name"])
+            view.refuse("scheduler.name", f"'constant' with '{name}', whose own loop does not know it", got)
+
+
+def nesterov_has_momentum(view: View) -> None:
+    if view.plan.optimizer.get("nesterov") and not view.plan.optimizer.get("momentum"):
+        view.refuse("optimizer.momentum", "a momentum above 0 with optimizer.nesterov", "0")
+
+
 def scenario_of_task(view: View) -> None:
     allowed = view.attribute("stream", "scenarios")
     scenario = view.plan.stream.get("scenario")
@@ -224,6 +243,8 @@ RULES: tuple[Callable[[View], None], ...] = (
     one_owner_of_data,
     one_owner_of_predict,
     owner_of_loop_alone,
+    native_loop_has_no_extras,
+    nesterov_has_momentum,
     scenario_of_task,
     modality_of_backbone,
     causal_router,
