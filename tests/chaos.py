@@ -200,6 +200,9 @@ class Trigger:
 
     def install(self) -> None:
         """Watch this process."""
+        for path in Path.cwd().rglob("*"):  # what an earlier process wrote is on the disk
+            if path.is_file():
+                self.synced[str(path.resolve())] = path.stat().st_size
         for name in ("fsync", "replace", "unlink", "truncate", "mkdir"):
             setattr(os, name, self._watched(name, getattr(os, name)))
         step = cmoe.session.Learner.step
