@@ -227,7 +227,8 @@ class Trigger:
                 die()
             if hit and shot is not None and shot.how == "torn":
                 if name == "fsync" and os.path.isfile(path):
-                    whole, before = os.fstat(target).st_size, self.synced.get(path, 0)
+                    whole = os.fstat(target).st_size
+                    before = min(whole, self.synced.get(path, 0))  # a log may have been cut back
                     os.ftruncate(target, before + int(shot.share * (whole - before)))
                 die()
             result = original(target, *args, **options)
@@ -326,9 +327,10 @@ class Range:
         for name, letters in (("a", "aeinrst "), ("b", "(){}=+01 \n"), ("c", "ABCdef,. ")):
             (self.data.root / f"{name}.txt").write_text("".join(words.choices(letters, k=6000)))
         # constant while this runs, whatever is edited or committed meanwhile; and quicker
-        fingerprint, commit = cmoe.environment.code_fingerprint(), "0" * 40
+        fingerprint, commit, versions = cmoe.environment.code_fingerprint(), "0" * 40, layout.versions()
         setattr(cmoe.environment, "code_fingerprint", lambda: fingerprint)  # noqa: B010
         setattr(layout, "git_commit", lambda folder=None: commit)  # noqa: B010
+        setattr(layout, "versions", lambda: dict(versions))  # noqa: B010
         self.plans: dict[str, Any] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.seconds: dict[str, float] = {}
@@ -475,6 +477,9 @@ def entries(run: RunFolder) -> list[dict[str, Any]]:
     """The log without time stamps and wall-clock metrics; artifacts and a status are entries too."""
     kept = []
     for line in run.wal.read_text().splitlines():
+        if not line.endswith("}"):  # torn; every line is an object
+            kept.append({"kind": "torn"})
+            continue
         entry = json.loads(line)
         del entry["t"]
         if entry["kind"] == "metric":
