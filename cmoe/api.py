@@ -110,7 +110,7 @@ def resume(
         write_whole(folder.path / "config.yaml", longer.to_yaml())
     plan, catalogue = plan_of_run(folder, plugins)
     if facts.get("status") == "FINISHED":
-        _complete_log(folder, plan)
+        _commit_log(folder)
         deliver_rest(folder)
         return folder.facts()
     where = data or data_of_run(folder)
@@ -191,16 +191,13 @@ def _further(folder: RunFolder, plan: Plan, catalogue: Catalogue, data: DataFold
     return 0 if wanted == have else wanted
 
 
-def _complete_log(folder: RunFolder, plan: Plan) -> None:
-    """Commit and end the log of a run that was killed after it counted as finished and before its log was closed."""
+def _commit_log(folder: RunFolder) -> None:
+    """Commit the log of a run that was killed after it counted as finished; the log was complete before that."""
     from cmoe.tracking import deliver
-    from cmoe.tracking.store import locate
-    from cmoe.tracking.tracker import Tracker
 
-    if deliver.committed(folder.path) < folder.wal.stat().st_size:
-        tracking = plan.tracking
-        location = locate(tracking["root"], tracking["uri"]) if tracking["enabled"] else None
-        Tracker(folder.path, folder.id, plan.experiment, location).finish("FINISHED")
+    length = folder.wal.stat().st_size
+    if deliver.committed(folder.path) < length:
+        deliver.commit(folder.path, length)
 
 
 def deliver_rest(folder: RunFolder, uri: str | None = None) -> int:

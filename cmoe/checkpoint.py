@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmoe.errors import RunFailed
+from cmoe.errors import RunFailed, one_line
 
 VERSION = 1
 PREFIX, SUFFIX = "checkpoint-", ".pt"
@@ -62,8 +62,7 @@ def load(folder: Path) -> dict[str, Any] | None:
         try:
             state = _read(path)
         except Exception as error:  # a damaged file fails in many ways; the one before it is tried
-            first = (str(error).splitlines() or [""])[0]
-            reasons.append(f"{path.name}: {type(error).__name__} {first[:100]}".rstrip())
+            reasons.append(f"{path.name}: {one_line(error)[:120]}")
             continue
         if state.get("version") != VERSION:
             raise RunFailed(f"{path}: expected checkpoint version {VERSION}, got {state.get('version')}")

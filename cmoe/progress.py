@@ -126,9 +126,13 @@ class Progress:
         """A durable checkpoint holds `length`: what came before may be delivered."""
         self.tracker.commit(length)
 
-    def close(self, status: str) -> bool:
-        """End the run as 'FINISHED', 'FAILED' or 'KILLED'; returns whether everything was delivered."""
-        return self.tracker.finish(status)
+    def end(self, status: str) -> None:
+        """The log's last line: 'FINISHED', 'FAILED' or 'KILLED'."""
+        self.tracker.end(status)
+
+    def close(self) -> bool:
+        """Deliver what is committed; returns whether everything got there."""
+        return self.tracker.close()
 
 
 def _shares(load: Mapping[int, Mapping[str, Mapping[int, int]]], experiences: int) -> list[RouterLoad]:

@@ -16,7 +16,7 @@ from cmoe.assembly import BYTES, component, make_model, make_objective, make_str
 from cmoe.backbones.mlp import glorot
 from cmoe.config.plan import Plan
 from cmoe.environment import differences, environment
-from cmoe.errors import RunFailed, UserError
+from cmoe.errors import RunFailed, UserError, one_line
 from cmoe.evaluation import Evaluator, Load, router_drift
 from cmoe.fit import Placement, fit
 from cmoe.inputs import describe
@@ -92,10 +92,8 @@ class Session:
         checkpoint.seed_generators(seed_for(plan.seed, "global"))
         self.objective = make_objective(plan, self.stream, self.model.head)
         self.timeline = Timeline()
-        self.strategies: list[Strategy] = [component(self.catalogue, "strategy", spec) for spec in plan.strategy]
         self.context = self._context()
-        for strategy in self.strategies:
-            strategy.setup(self.context)
+        self.strategies: list[Strategy] = [self._strategy(spec) for spec in plan.strategy]
         self.native = next((s for s in self.strategies if isinstance(s, Avalanche)), None)
         self.segments = self._segments()
         self.scheduler_options = component(self.catalogue, "scheduler", plan.scheduler)
@@ -214,6 +212,21 @@ class Session:
             event=self.timeline.add,
             options=plan.to_dict(),
         )
+
+    def _strategy(self, spec: dict[str, Any]) -> Strategy:
+        """A strategy, set up.
+
+        Raises:
+            UserError: it cannot be made; a plugin's may raise anything.
+        """
+        try:
+            strategy = component(self.catalogue, "strategy", spec)
+            strategy.setup(self.context)
+        except (UserError, RunFailed):
+            raise
+        except Exception as error:
+            raise UserError(f"strategy {spec['name']}: {one_line(error)}") from error
+        return strategy
 
     def _set_threads(self) -> int:
         """The threads that the run began with; a new one takes what the plan says, else one for a small model."""
@@ -422,11 +435,13 @@ class Session:
         )
         if self.native is not None:
             self.save()  # never resumed from, but predicted with
-        # nothing of this is delivered before the run counts as finished: a kill until then repeats it unseen
+        # nothing of this is delivered before the run counts as finished: a kill until then repeats it unseen, and one
+        # after it finds the log complete
+        self.progress.end("FINISHED")
         wal = self.progress.sync()
         facts = self.folder.update(status="FINISHED", finished=now(), segments=len(self.segments), **facts)
         self.progress.commit(wal)
-        self.progress.close("FINISHED")
+        self.progress.close()
         self.reporter.finished(facts)
         return facts
 
@@ -479,19 +494,22 @@ class Session:
         except Interrupted:
             self._ended("INTERRUPTED")
             raise
-        except UserError:
-            if getattr(self, "progress", None) is not None:  # else it was refused before anything began
-                self._ended("FAILED")
-            raise
+        except UserError as error:
+            if getattr(self, "progress", None) is None or not self.folder.state.exists():
+                raise  # it was refused before anything began
+            self._ended("FAILED", error=one_line(error))
+            raise RunFailed(str(error)) from error
         except BaseException as error:
-            self._ended("FAILED", error=f"{type(error).__name__}: {error}".splitlines()[0])
+            self._ended("FAILED", error=one_line(error))
             raise
 
     def _ended(self, status: str, **facts: Any) -> None:
         self.folder.update(status=status, **facts)
         progress = getattr(self, "progress", None)
         if progress is not None:
-            progress.close("KILLED" if status == "INTERRUPTED" else "FAILED")
+            progress.end("KILLED" if status == "INTERRUPTED" else "FAILED")
+            progress.commit(progress.sync())
+            progress.close()
 
 
 def _fits(value: Any, parameter: torch.nn.Parameter) -> bool:

@@ -152,7 +152,7 @@ def _work(sender: Connection, plan: dict[str, Any], folder: str | None, data: st
     signal.signal(signal.SIGINT, on_interrupt)
     os.environ["CMOE_MAX_THREADS"] = str(threads)
     from cmoe import api
-    from cmoe.errors import UserError
+    from cmoe.errors import UserError, one_line
     from cmoe.plugins import Catalogue
     from cmoe.session import Interrupted
 
@@ -170,7 +170,6 @@ def _work(sender: Connection, plan: dict[str, Any], folder: str | None, data: st
     except UserError as error:
         sender.send(("end", ("failed", str(error), None)))
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        sender.send(("end", ("failed", f"{type(error).__name__}: {first}", None)))
+        sender.send(("end", ("failed", one_line(error), None)))
     finally:
         sender.close()

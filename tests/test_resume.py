@@ -166,7 +166,10 @@ def test_a_finished_run_is_left_alone(here: Path) -> None:
     assert snapshot() == before
 
 
-def test_a_kill_right_after_the_end_loses_nothing_of_the_log(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["sync", "commit", "close"])
+def test_a_kill_right_after_the_end_loses_nothing_of_the_log(
+    here: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     """Everything is committed, so that it can be delivered, and the log says how the run ended."""
     from cmoe.progress import Progress
 
@@ -177,15 +180,17 @@ def test_a_kill_right_after_the_end_loses_nothing_of_the_log(here: Path, monkeyp
         raise Killed
 
     plan, catalogue = api.plan_of(CONFIG)
-    folder, commit = api.new_run(plan), Progress.commit
+    folder, original = api.new_run(plan), getattr(Progress, moment)
+    ended: list[str] = []
 
-    def before_the_last(self: Progress, length: int) -> None:
-        if folder.facts()["status"] == "FINISHED":
+    def before_the_last(self: Progress, *arguments: object) -> object:
+        if ended:
             raise Killed
-        commit(self, length)
+        return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "commit", before_the_last)
+        patch.setattr(Progress, "end", lambda self, status: (ended.append(status), self.tracker.end(status)))
+        patch.setattr(Progress, moment, before_the_last)
         patch.setattr("cmoe.session.Session._ended", killed)  # a killed process tidies nothing
         with pytest.raises(Killed):
             api.start_in(plan, folder, catalogue, api.data_folder())

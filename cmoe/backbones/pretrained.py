@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmoe.errors import UserError, nearest
+from cmoe.errors import UserError, first_line, nearest
 
 
 def create(name: str, key: str, pretrained: bool, **options: Any) -> Any:
@@ -30,9 +30,7 @@ def create(name: str, key: str, pretrained: bool, **options: Any) -> Any:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except (OSError, RuntimeError) as error:
         if pretrained:
-            raise UserError(
-                f"{key}: the weights of '{name}' could not be loaded ({str(error).splitlines()[0]})"
-            ) from error
+            raise UserError(f"{key}: the weights of '{name}' could not be loaded ({first_line(error)})") from error
         raise
     except TypeError as error:
         raise UserError(f"{key}: '{name}' does not take these options ({error})") from error

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cmoe.cli.common import DONE, FAILED, Parser, catalogue, data, emit, table
-from cmoe.errors import UserError
+from cmoe.errors import UserError, first_line
 from cmoe.plugins import KINDS
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "avalanche-lib", "timm", "mlflow", "omegaconf",
@@ -77,8 +77,7 @@ def _packages() -> list[Finding]:
         try:
             import_module(name)
         except Exception as e:  # whatever a package's own start-up raises is the finding
-            first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            found.append(Finding(name, "bad", f"does not import: {first}"))
+            found.append(Finding(name, "bad", f"does not import: {first_line(e)}"))
     return found
 
 

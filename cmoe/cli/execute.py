@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from cmoe.cli.common import DONE, INTERRUPTED, emit
-from cmoe.errors import RunFailed, UserError
+from cmoe.errors import RunFailed, UserError, one_line
 from cmoe.rundir import RunFolder
 
 Work = Callable[[Any, Any], dict[str, Any]]  # reporter, stop -> facts
@@ -41,15 +41,10 @@ def execute(args: argparse.Namespace, works: Iterable[tuple[RunFolder, str, Work
             except UserError:
                 raise
             except Exception as error:
-                raise RunFailed(f"{_line(error)} (run {folder.id} is kept: cmoe resume {folder.id})") from error
+                raise RunFailed(f"{one_line(error)} (run {folder.id} is kept: cmoe resume {folder.id})") from error
     emit(args, {"experiment": done[0]["experiment"], "runs": done})
     if not args.json:
         from cmoe.cli.results import show_runs
 
         show_runs(done, root)
     return DONE
-
-
-def _line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return first if isinstance(error, RunFailed) else f"{type(error).__name__}: {first}"

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from cmoe.cli.commands import COMMANDS
 from cmoe.cli.common import COMMON, DONE, FAILED, INTERRUPTED, WRONG, Parser, UsageError, encode, table
-from cmoe.errors import RunFailed, UserError, nearest
+from cmoe.errors import RunFailed, UserError, nearest, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,9 +47,8 @@ def _guarded(arguments: list[str], debug: bool, streams: _Output) -> int:
     except RunFailed as e:
         return _say(streams, str(e), FAILED, debug)
     except Exception as e:
-        first = (str(e).strip().splitlines() or [""])[0]
         hint = "" if debug else " (--debug shows where)"
-        return _say(streams, f"{type(e).__name__}: {first}{hint}", FAILED, debug)
+        return _say(streams, f"{one_line(e)}{hint}", FAILED, debug)
 
 
 def _say(streams: _Output, message: str, code: int, debug: bool) -> int:

@@ -16,7 +16,7 @@ from cmoe.config.plan import Plan
 from cmoe.config.sections import SECTIONS, defaults
 from cmoe.config.tree import Tree, dotted, parse_override
 from cmoe.config.where import COMMAND_LINE, DEFAULT, ConfigError, Where, show
-from cmoe.errors import nearest
+from cmoe.errors import first_line, nearest
 from cmoe.plugins import REQUIRED, Catalogue, builtin_folder
 
 PYTHON = "<python>"
@@ -177,7 +177,7 @@ def _interpolate(tree: Tree) -> None:
 def _interpolation_error(tree: Tree, marked: list[tuple[Any, ...]], error: BaseException) -> ConfigError:
     from omegaconf import OmegaConf
 
-    reason = (str(error).strip().splitlines() or ["cannot be resolved"])[0]
+    reason = first_line(error, "cannot be resolved")
     for path in marked:  # the first that cannot be resolved alone is the one to name
         try:
             OmegaConf.select(OmegaConf.create(tree.value), dotted(path), throw_on_missing=True)

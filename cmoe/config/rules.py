@@ -6,6 +6,7 @@ importing them). What only the data or the built model can tell is checked by th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -214,6 +215,14 @@ def one_device(view: View) -> None:
         view.refuse("trainer.devices", "1, more devices are not supported yet", str(view.plan.trainer["devices"]))
 
 
+def threads_of_machine(view: View) -> None:
+    # more than the processors is slow and allowed (the run may come from a larger machine); a process cannot start any
+    # number of them
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if view.plan.trainer["threads"] > most:
+        view.refuse("trainer.threads", f"at most {most} on this machine", str(view.plan.trainer["threads"]))
+
+
 def one_clipping(view: View) -> None:
     if view.plan.trainer["clip_norm"] and view.plan.trainer["clip_value"]:
         view.refuse(
@@ -257,6 +266,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     whole_vocabulary,
     online_is_one_pass,
     one_device,
+    threads_of_machine,
     one_clipping,
     dispatch_has_precision,
     validation_is_held_out,

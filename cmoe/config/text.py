@@ -13,6 +13,7 @@ import yaml
 import yaml.constructor
 
 from cmoe.config.where import ConfigError, Where
+from cmoe.errors import first_line
 
 _DEEP, _LARGE = 40, 20_000  # no real configuration is deeper or larger; aliases can make both out of little text
 
@@ -76,7 +77,7 @@ def parse(text: str, source: str) -> Any:
             problem = "expected spaces, got a tab"
         raise ConfigError(f"{source}: {line}{problem}") from None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{source}: not YAML: {str(e).splitlines()[0]}") from None
+        raise ConfigError(f"{source}: not YAML: {first_line(e)}") from None
     except RecursionError:
         raise ConfigError(f"{source}: not YAML: nested too deeply") from None
     except (ValueError, OverflowError, TypeError) as e:

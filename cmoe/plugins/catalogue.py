@@ -129,7 +129,7 @@ class Catalogue:
         """
         at = f"{where}: " if where is not None else ""
         known = self.entries(kind)
-        if name in known:
+        if name in known and not self._hides(name, known[name]):
             return known[name]
         for path, reason in self.broken:
             if path.stem == name:
@@ -143,6 +143,12 @@ class Catalogue:
         if elsewhere and not hint:
             hint = f" ('{name}' is {an(elsewhere)})"
         raise ConfigError(f"{at}expected {an(kind)} ({names}), got '{name}'{hint}")
+
+    def _hides(self, name: str, entry: Entry) -> bool:
+        """Whether a broken file would have won over the component of its name: that one is not what was meant."""
+        place = {folder: i for i, folder in enumerate(self.folders)}
+        beaten = place.get(entry.folder, -1) if entry.folder else -1
+        return any(path.stem == name and place.get(path.parent, -1) > beaten for path, _ in self.broken)
 
     def _read_folders(self) -> None:
         self._files: dict[str, dict[str, Entry]] = {}

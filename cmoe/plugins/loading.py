@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from cmoe.errors import UserError
+from cmoe.errors import UserError, first_line
 
 PARENT = "cmoe_plugins"
 
@@ -58,8 +58,3 @@ def installed(dotted: str, attribute: str, builtin: bool) -> type:
         return getattr(importlib.import_module(dotted), attribute)
     except (Exception, SystemExit) as e:
         raise UserError(f"{dotted}:{attribute}: cannot be imported: {type(e).__name__}: {first_line(e)}") from e
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from typing import Any, ClassVar
@@ -9,10 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cmoe.errors import UserError, nearest
+from cmoe.errors import UserError, first_line, nearest
 from cmoe.learners.model import Model
 from cmoe.moe import RouteContext
 from cmoe.strategies.base import Context, Segment, Strategy
+
+_PLAIN: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 
 
 class Avalanche(Strategy):
@@ -45,10 +48,21 @@ class Avalanche(Strategy):
             )
         self._class = getattr(training, self.strategy)
         self._refuse(context, training)
-        taken = inspect.signature(self._class.__init__).parameters
-        for name in self.options:
-            if name not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-                raise UserError(f"strategy avalanche.options.{name}: unknown to {self.strategy}{nearest(name, taken)}")
+        taken = _parameters(self._class)
+        for name, value in self.options.items():
+            key = f"strategy avalanche.options.{name}"
+            if name not in taken:
+                raise UserError(f"{key}: unknown to {self.strategy}{nearest(name, taken)}")
+            wanted = taken[name].annotation
+            # Avalanche keeps any value and fails when it computes with it
+            if wanted in _PLAIN and not (
+                isinstance(value, _PLAIN[wanted]) and (wanted is bool or not isinstance(value, bool))
+            ):
+                raise UserError(f"{key}: expected {wanted.__name__} for {self.strategy}, got {value!r}")
+        # one on trial, so that what it refuses is known before the run begins
+        with torch.random.fork_rng(devices=[]):
+            trial = copy.deepcopy(context.model)
+            self._make(trial, torch.optim.SGD(trial.parameters(), lr=0.1))
 
     def _refuse(self, context: Context, training: Any) -> None:
         """What Avalanche's loop cannot be given."""
@@ -69,7 +83,7 @@ class Avalanche(Strategy):
     def train(self, segment: Segment, optimizer: torch.optim.Optimizer) -> None:
         """Train one segment with Avalanche's loop on Avalanche's own experiences."""
         if self.native is None:
-            self.native = self._make(optimizer)
+            self.native = self._make(self.context.model, optimizer)
         train: Any = self.context.stream.benchmark.streams["train"]
         self.native.train(
             [train[experience] for experience in segment.experiences],
@@ -79,12 +93,11 @@ class Avalanche(Strategy):
         if self.native.model.model is not self.context.model:  # some, such as GDumb, train a copy
             self.context.model.load_state_dict(self.native.model.model.state_dict())
 
-    def _make(self, optimizer: torch.optim.Optimizer) -> Any:
+    def _make(self, ours: Model, optimizer: torch.optim.Optimizer) -> Any:
         from avalanche.training.plugins import EvaluationPlugin
 
         trainer = self.context.options["trainer"]
-        model = NativeModel(self.context.model)
-        taken = inspect.signature(self._class.__init__).parameters
+        model = NativeModel(ours)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No loggers specified")  # cmoe evaluates and tracks itself
             evaluator = EvaluationPlugin()
@@ -97,11 +110,28 @@ class Avalanche(Strategy):
             "device": self.context.device,
             "evaluator": evaluator,
         }
+        taken = _parameters(self._class)
         chosen = {k: v for k, v in arguments.items() if k in taken} | self.options
         try:
             return self._class(**chosen)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"strategy avalanche.options: {self.strategy} refuses them ({error})") from error
+        except Exception as error:  # somebody else's constructor may raise anything, AssertionError included
+            raise UserError(
+                f"strategy avalanche.options: {self.strategy} refuses them ({first_line(error)})"
+            ) from error
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a class can be made with: its constructor's parameters, and those that `**kwargs` hands to its bases."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner) or owner is object:
+            continue
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        found = {p.name: p for p in named} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 class NativeModel(nn.Module):

@@ -126,6 +126,8 @@ class Delivery:
             client = store.client(self.location)
             found = store.experiment(client, self.location, self.experiment)
             self._mlflow_run = store.open_run(client, found.experiment_id, self.run_id, self._started())
+            if self.location.local:
+                store.sweep_uploads(client, self._mlflow_run)
             self._client = client
         server = _servers(self.run_dir).get(self.location.name)
         if server is None or server["run"] != self._mlflow_run:  # new here, or its MLflow run was deleted

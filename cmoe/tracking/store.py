@@ -16,7 +16,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 if TYPE_CHECKING:
@@ -140,6 +140,14 @@ def open_run(client: MlflowClient, experiment_id: str, run_id: str, start_ms: in
     if client.get_run(found).info.status != "RUNNING":
         client.update_run(found, "RUNNING")
     return found
+
+
+def sweep_uploads(client: MlflowClient, mlflow_run: str) -> None:
+    """Delete the temporary files that a killed upload left in a local artifact folder; MLflow never does."""
+    uri = urlsplit(client.get_run(mlflow_run).info.artifact_uri or "")
+    if uri.scheme in ("", "file"):
+        for path in Path(unquote(uri.path)).rglob(".artifact.uploading.*"):
+            path.unlink(missing_ok=True)
 
 
 def end_run(client: MlflowClient, mlflow_run: str, status: str, end_ms: int) -> None:

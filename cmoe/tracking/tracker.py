@@ -123,13 +123,21 @@ class Tracker:
         self.wal.truncate(length, deliver.delivered(self.run_dir))
         deliver.rewind(self.run_dir, length)
 
-    def finish(self, status: str, patience: float = 120.0) -> bool:
-        """Ends the run as FINISHED, FAILED or KILLED; returns whether everything was delivered.
+    def end(self, status: str) -> None:
+        """Logs that the run ended as FINISHED, FAILED or KILLED.
 
-        Call it after the last checkpoint. What was logged after the last commit is delivered too: when the run is
-        resumed, the same lines get the same time stamps (see `wal`).
+        What is logged and committed after the last checkpoint is delivered too: when the run is resumed, the same lines
+        get the same time stamps (see `wal`).
         """
         assert status in ("FINISHED", "FAILED", "KILLED"), status
         self.wal.append("status", value=status)
-        self.commit(self.sync())
+
+    def close(self, patience: float = 120.0) -> bool:
+        """Lets the last delivery run for up to `patience` seconds; returns whether everything was delivered."""
         return self._courier.stop(patience) if self._courier else True
+
+    def finish(self, status: str, patience: float = 120.0) -> bool:
+        """`end`, `commit` and `close` in one."""
+        self.end(status)
+        self.commit(self.sync())
+        return self.close(patience)

@@ -35,9 +35,10 @@ class WriteAheadLog:
         self.path = Path(path)
         self._now = now
         self._buffer: list[bytes] = []
+        for written in (self.path, self._ghost_path):
+            if written.exists():
+                _cut(written, whole_lines(written))
         self._ghosts = _read_ghosts(self._ghost_path)
-        if self.path.exists():
-            self._cut(whole_lines(self.path))
 
     @property
     def _ghost_path(self) -> Path:
@@ -84,11 +85,7 @@ class WriteAheadLog:
                 os.fsync(target.fileno())
             self._ghosts = _read_ghosts(self._ghost_path)
         if length < size:
-            self._cut(length)
-
-    def _cut(self, length: int) -> None:
-        if length < self.path.stat().st_size:
-            os.truncate(self.path, length)
+            _cut(self.path, length)
 
     def _as_delivered(self, entry: Entry) -> Entry:
         step, values = entry["step"], entry["values"]
@@ -127,6 +124,11 @@ def whole_lines(path: Path) -> int:
                 return start + found + 1
             position = start
         return 0
+
+
+def _cut(path: Path, length: int) -> None:
+    if length < path.stat().st_size:
+        os.truncate(path, length)
 
 
 def _read_ghosts(path: Path) -> dict[tuple[int, tuple[str, ...]], Entry]:

@@ -99,6 +99,31 @@ def test_isolation_is_bit_identical(optimizer, dtype, mode, dispatch):
     assert all(torch.equal(fresh[key], after[key]) for key in after if key[0] not in new)
 
 
+def test_restricted_tokens_of_several_tasks_see_their_own_experts_only():
+    """Replay mixes tasks in a batch: each token is routed as in a batch of its task alone."""
+    layer = make({"name": "topk", "restrict": "task", "k": 2, "z": 0.1, "importance": 0.1}).double()
+    layer.assign([0], 0)
+    layer.assign([1, 3], 1)  # and task 2 has none of its own: it sees all
+    x = torch.randn(TOKENS, DIM, dtype=torch.float64)
+    task, valid = torch.arange(TOKENS) % 3, torch.arange(TOKENS) % 5 != 0
+    mixed, routing = layer(x, RouteContext(task=task, valid=valid))
+    aux: dict[str, float] = {}
+    for label in range(3):
+        mine = task == label
+        alone, expected = layer(x[mine], RouteContext(task=label, valid=valid[mine]))
+        torch.testing.assert_close(mixed[mine], alone, rtol=1e-12, atol=1e-12)
+        k = expected.ids.shape[1]
+        assert torch.equal(routing.ids[mine][:, :k], expected.ids)
+        assert (routing.ids[mine][:, k:] == -1).all()
+        for name, loss in expected.aux.items():
+            aux[name] = aux.get(name, 0.0) + loss.item() * mine.sum().item() / TOKENS
+    assert routing.aux.keys() == aux.keys() == {"switch", "importance", "z"}
+    for name, loss in aux.items():
+        assert routing.aux[name].item() == pytest.approx(loss, rel=1e-12)
+    (mixed.square().sum() + sum(routing.aux.values())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_frozen_part_of_a_cohort_stays_and_the_rest_trains_as_if_nothing_was_split(optimizer):
     layer = make()

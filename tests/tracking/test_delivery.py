@@ -155,6 +155,19 @@ def test_a_finished_run_that_falls_back_repeats_nothing(location):
     assert run.data.tags["changed.limit"] == "5"
 
 
+def test_what_a_killed_upload_left_is_swept(location):
+    t = tracker(location)
+    t.text("figures/a.csv", "x\n", "matrix")
+    t.commit(t.sync())
+    t.close()
+    (folder,) = (location.root / "artifacts").rglob("matrix")
+    (folder / ".artifact.uploading.abc").write_text("half")
+    t = tracker(location)
+    t.text("figures/b.csv", "x\n", "matrix")
+    assert t.finish("FINISHED")
+    assert sorted(p.name for p in folder.iterdir()) == ["a.csv", "b.csv"]
+
+
 @pytest.fixture
 def closed_port():
     with socket.socket() as free:

@@ -92,3 +92,28 @@ def test_replayed_lines_take_the_time_stamps_of_delivered_ones(tmp_path):
     assert after[:2] == before[:2]  # wall-clock values too: they cannot be the same twice
     assert after[2]["t"] >= 1000
     assert after[2]["values"]["time/step"] == 50.0
+
+
+def test_a_torn_ghost_is_forgotten(tmp_path):
+    """A kill while ghosts are written leaves half a line; later ghosts go after whole lines."""
+    path = tmp_path / "w"
+    wal = log(path)
+    for step in range(3):
+        wal.append("metric", step=step, values={"loss": 0.0})
+    end = wal.sync()
+    before = entries(path)
+    wal.truncate(0, delivered=end)
+    ghosts = path.with_name("wal.ghosts.jsonl")
+    ghosts.write_bytes(ghosts.read_bytes()[:-5])
+    wal = log(path, start=1000)
+    for step in range(4):
+        wal.append("metric", step=step, values={"loss": 0.0})
+    wal.sync()
+    wal.truncate(0, delivered=path.stat().st_size)
+    wal = log(path, start=2000)
+    for step in range(4):
+        wal.append("metric", step=step, values={"loss": 0.0})
+    wal.sync()
+    after = entries(path)
+    assert after[:2] == before[:2]
+    assert [1000 <= e["t"] < 2000 for e in after[2:]] == [True, True]

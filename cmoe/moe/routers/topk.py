@@ -6,6 +6,7 @@ and Switch (Fedus et al. 2021, https://arxiv.org/abs/2101.03961).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -38,8 +39,8 @@ class TopK(Router):
             router then learns from the auxiliary losses only) or 'after' it (weights are the probabilities among all
             visible experts, with a sum of at most 1).
         noise: 'none', or 'shazeer': scores get N(0,1)·softplus(x·Wn) while training, with Wn learned.
-        restrict: 'task' lets a token see only the experts assigned to its task (one task label per batch; a task
-            without any sees all), 'none' all that the context lets it see.
+        restrict: 'task' lets a token see only the experts assigned to its task (a task without any sees all; in a batch
+            of several tasks each task's tokens are routed apart), 'none' all that the context lets it see.
         switch: weight of the load balance loss of Switch, E·Σ f·P.
         importance: weight of the squared coefficient of variation of the experts' summed weights.
         load: weight of the same for Shazeer's smooth load; needs noise.
@@ -96,6 +97,8 @@ class TopK(Router):
         return min(self.k, len(experts))
 
     def forward(self, x_TD: Tensor, context: RouteContext, experts: ExpertView) -> Routing:
+        if self.restrict == "task" and isinstance(context.task, Tensor):
+            return self._by_label(x_TD, context, context.task, experts)
         columns = experts.slice(self._visible(context, experts))
         training = self.training if context.training is None else context.training
         if torch.is_autocast_enabled(x_TD.device.type):
@@ -108,11 +111,40 @@ class TopK(Router):
         if self.restrict == "none":
             return context.visible
         if not isinstance(context.task, int):
-            raise ValueError("topk: restrict: task needs one task label (int) for the whole batch in the context")
+            raise ValueError("topk: restrict: task needs a task label in the context, got none")
         assigned = experts.tasks.get(context.task)
         if assigned is None or context.visible is None:
             return assigned or context.visible
         return tuple(expert for expert in assigned if expert in context.visible)
+
+    def _by_label(self, x_TD: Tensor, context: RouteContext, task_T: Tensor, experts: ExpertView) -> Routing:
+        """A batch of several tasks: each task's tokens are routed as if they came alone.
+
+        Auxiliary losses are averaged with the shares of the tokens. There is no common score matrix, so no logits.
+        """
+        order_T, groups, aux = [], [], {}
+        for label in task_T.unique().tolist():
+            of_label = (task_T == label).nonzero().squeeze(1)
+            fields = {
+                name: value.index_select(0, of_label)
+                for name in ("token_ids", "sequence", "position", "valid", "replay")
+                if isinstance(value := getattr(context, name), Tensor)
+            }
+            routing = self(x_TD.index_select(0, of_label), replace(context, task=int(label), **fields), experts)
+            for name, loss in routing.aux.items():
+                aux[name] = aux.get(name, 0.0) + loss * (len(of_label) / len(x_TD))
+            order_T.append(of_label)
+            groups.append(routing)
+        back_T = torch.cat(order_T).argsort()
+        k = max(g.ids.shape[1] for g in groups)
+        ids_TK = torch.cat([F.pad(g.ids, (0, k - g.ids.shape[1]), value=NONE) for g in groups])
+        weights_TK = torch.cat([F.pad(g.weights, (0, k - g.weights.shape[1])) for g in groups])
+        return Routing(
+            ids=ids_TK.index_select(0, back_T),
+            weights=weights_TK.index_select(0, back_T),
+            columns=experts.ids,
+            aux=aux,
+        )
 
     def _scores(self, x_TD: Tensor, columns: Columns, name: str) -> Tensor:
         # One product per cohort: an old column's scores never depend on how many came later, and a frozen cohort
