@@ -72,6 +72,24 @@ def test_the_first_answer_comes_at_once(arguments: list[str], folder: Path) -> N
     assert min(once() for _ in range(5)) <= 0.3
 
 
+def test_a_run_says_something_within_half_a_second(folder: Path) -> None:
+    """Before anything heavy is imported; the run itself is not waited for."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-m", "cmoe.cli.main", "run", "quickstart"], stderr=subprocess.PIPE, text=True, cwd=folder
+        ) as process:
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            seconds = time.perf_counter() - start
+            process.kill()
+        assert line == "cmoe: reading quickstart\n"
+        return seconds
+
+    assert min(once() for _ in range(3)) <= 0.5
+
+
 def test_a_mistyped_key_is_reported_within_a_second(folder: Path) -> None:
     start = time.perf_counter()
     (folder / "c.yaml").write_text("stream: split_digits\ntrainer: {epoch: 1}\n")
@@ -133,7 +151,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         (KeyboardInterrupt(), 130, "cmoe: interrupted\n"),
         (KeyboardInterrupt("stopped; go on with: cmoe resume r"), 130, "cmoe: stopped; go on with: cmoe resume r\n"),
         (ValueError("first\nsecond"), 1, "cmoe: ValueError: first (--debug shows where)\n"),
-        (AssertionError(), 1, "cmoe: AssertionError: (--debug shows where)\n"),
+        (AssertionError(), 1, "cmoe: AssertionError (--debug shows where)\n"),
     ],
 )
 def test_exit_codes(
