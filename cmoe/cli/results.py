@@ -42,15 +42,24 @@ def _matrices(console: Any, run: dict[str, Any], root: Path, only_first: bool) -
         percent = name in PERCENT
         unit = "%" if percent else "bits per byte"
         table = Table(title=f"{run['label']}: {name} after each experience ({unit})", title_justify="left")
-        table.add_column("after")
-        for column in summary.names:
-            table.add_column(column, justify="right", no_wrap=True)
+        heads, rows = _labels(summary.names, console.width)
+        table.add_column("after", no_wrap=True, overflow="ellipsis")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True, min_width=5)
         for i, row in enumerate(view.R):
             if all(x != x for x in row):
                 continue
             cells = ["" if x != x else f"{100 * x:.1f}" if percent else f"{x:.3f}" for x in row]
-            table.add_row(summary.names[i], *cells)
+            table.add_row(rows[i], *cells)
         console.print(table)
+
+
+def _labels(names: Sequence[str], width: int) -> tuple[list[str], list[str]]:
+    """Heads of columns and of rows: the experiences' names, or numbers above where the names are too wide."""
+    if sum(max(len(n), 5) + 3 for n in names) + max(map(len, names), default=0) + 4 <= width:
+        return list(names), list(names)
+    numbers = [str(i + 1) for i in range(len(names))]
+    return numbers, [f"{k} {n}" for k, n in zip(numbers, names, strict=True)]
 
 
 def show_comparison(document: dict[str, Any], picture: Path, report: Path) -> None:

@@ -155,6 +155,19 @@ def label_for_strategy(view: View) -> None:
             )
 
 
+def boundaries_for_strategy(view: View) -> None:
+    if view.plan.stream.get("scenario") != "online":
+        return
+    for key, name in view.strategies():
+        if view.attribute(key, "needs_boundaries", False):
+            view.refuse(
+                key,
+                "a strategy that needs no experience boundaries in scenario 'online' (one pass with known boundaries is "
+                "scenario 'class' with trainer.epochs=1)",
+                f"'{name}', which needs them",
+            )
+
+
 def experts_for_strategy(view: View) -> None:
     for key, name in view.strategies():
         wanted = name == "expand" or "moe" in view.attribute(key, "needs", ())
@@ -259,6 +272,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     causal_router,
     label_for_router,
     label_for_strategy,
+    boundaries_for_strategy,
     experts_for_strategy,
     isolated_head_is_apart,
     multi_head_has_label,

@@ -69,8 +69,6 @@ class Avalanche(Strategy):
         stream, head = context.stream, context.model.head
         if stream.language:
             raise UserError("strategy avalanche: expected a stream with classes, got language modelling")
-        if stream.scenario == "online":
-            raise UserError("strategy avalanche: expected whole experiences, got stream.scenario 'online'")
         if head.kind != "shared":
             raise UserError(
                 f"strategy avalanche: expected model.head 'shared', whose output c is class c, got '{head.kind}'"

@@ -132,6 +132,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "task outputs without label": (TOY + "model: {eval_outputs: task}\n", ["model.eval_outputs: expected"]),
     "masked vocabulary": ("stream: needy\nmodel: {name: byte_lm, train_outputs: seen}\n", ["model.train_outputs: expected 'all'"]),
     "online, two passes": ("stream: {name: toy, scenario: online}\ntrainer: {epochs: 2}\n", ["trainer.epochs: expected 1"]),
+    "boundaries, online": ("stream: {name: toy, scenario: online}\nstrategy: lwf\n", ["strategy.0: expected a strategy that needs no experience boundaries", "'lwf'"]),
     "two devices": (TOY + "trainer: {devices: 2}\n", ["trainer.devices: expected 1", "not supported yet"]),
     "two clippings": (TOY + "trainer: {clip_norm: 1, clip_value: 1}\n", ["trainer.clip_value: expected 0"]),
     "float64 by grouped_mm": (
