@@ -5,28 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from cmoe import checkpoint
-from cmoe.assembly import BYTES, component, make_model, make_objective, make_stream, seed_for
-from cmoe.backbones.mlp import glorot
+from cmoe import carried, checkpoint, snapshot
+from cmoe.assembly import component, make_model, make_objective, make_stream, seed_for
 from cmoe.config.plan import Plan
-from cmoe.environment import differences, environment
+from cmoe.environment import environment
 from cmoe.errors import RunFailed, UserError, one_line
 from cmoe.evaluation import Evaluator, Load, router_drift
 from cmoe.fit import Placement, fit
 from cmoe.inputs import describe
-from cmoe.learners import Head, Learner
-from cmoe.learners.head import SHARED
-from cmoe.metrics import Record
+from cmoe.learners import Learner, Model
+from cmoe.outputs import Outputs
 from cmoe.plugins import Catalogue
 from cmoe.progress import Progress
 from cmoe.reporting import Reporter
 from cmoe.rundir import RunFolder, now
+from cmoe.snapshot import Position
 from cmoe.strategies import Avalanche, Context, Phase, Segment, Strategy
 from cmoe.streams import BatchScheduler, DataFolder
 from cmoe.timeline import Timeline
@@ -36,25 +35,6 @@ SMALL = 2_000_000  # parameters; below it a second thread costs more than it giv
 
 class Interrupted(Exception):
     """The user asked to stop; the state is saved."""
-
-
-@dataclass
-class Position:
-    """Where a run is.
-
-    Attributes:
-        segment: number of the segment that is trained, or comes next.
-        phase: number of its phase in progress; None between segments.
-        loader: the batch scheduler's state inside a phase.
-    """
-
-    segment: int = 0
-    phase: int | None = None
-    loader: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers."""
-        return {"segment": self.segment, "phase": self.phase, "loader": self.loader}
 
 
 @dataclass
@@ -87,6 +67,7 @@ class Session:
         self.started = time.monotonic()
         self.stream = make_stream(plan, self.catalogue, self.data)
         self.placement = Placement(_accelerator(plan.trainer["accelerator"]), plan.trainer["precision"])
+        self.outputs = Outputs(plan, self.stream)
         self.model = self._build("model")
         self.threads = self._set_threads()
         checkpoint.seed_generators(seed_for(plan.seed, "global"))
@@ -108,6 +89,7 @@ class Session:
         self.saved = 0
         self.earlier_seconds = 0.0
         self.optimizer: torch.optim.Optimizer | None = None
+        self.phase_in_progress: tuple[dict[str, Any], int] | None = None  # its optimizer's state and its steps
         self.learner = Learner(
             self.model,
             self.objective,
@@ -119,9 +101,15 @@ class Session:
         )
         state = None if self.native is not None else checkpoint.load(self.folder.state)
         if state is None:
+            self.progress = self._progress()
             self._start()
         else:
-            self._restore(state)
+            snapshot.restore(self, state)
+            self.progress = self._progress()
+            self.progress.resume(state["wal"])
+            self.folder.update(status="RUNNING", error=None, inputs=describe(self.stream))
+            # last: building and loading may draw random numbers
+            checkpoint.restore_generators(state["generators"])
         self.last_save = time.monotonic()
         facts = {
             "segments": len(self.segments),
@@ -130,8 +118,10 @@ class Session:
         }
         self.reporter.started(self.folder.id, facts)
 
+    def _progress(self) -> Progress:
+        return Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
+
     def _start(self) -> None:
-        self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
         self.progress.start()
         self.folder.update(status="RUNNING", error=None, environment=self.environment, data=self.stream.fingerprint)
         self.folder.update(inputs=describe(self.stream))
@@ -143,62 +133,10 @@ class Session:
             self.progress.baseline(self.record)
         self.save()
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state["data"] not in (self.stream.fingerprint, *self.stream.prefixes) and not self.anyway:
-            raise UserError(
-                f"run {self.folder.id}: the data changed since the run began; --anyway goes on all the same"
-            )
-        changed = differences(state["environment"], self.environment)
-        if changed and not self.anyway:
-            raise UserError(
-                f"run {self.folder.id}: not bit-identical here ({'; '.join(changed)}); --anyway goes on all the same"
-            )
-        self.position = Position(**state["position"])
-        self.context.seen, self.context.previous = list(state["seen"]), list(state["previous"])
-        self.model.restore_structure(state["structure"])
-        self.model.load_state_dict(state["model"])
-        self.model.to(self.placement.device)
-        for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
-            strategy.load_state_dict(saved)
-        # an extended run has more experiences than its earlier rows know
-        self.record = self.evaluator.new_record()
-        for row in Record.load(self.folder.rows, rows=state["rows"]).rows.values():
-            self.record.add_row(row.index, row.columns)
-        self.record.save_targets(self.folder.rows)
-        self.timeline.events = state["timeline"]
-        self.loads = state["loads"]
-        self.carried = state["carried"]
-        self.learner.steps = state["steps"]
-        self.saved = state["number"]
-        self.earlier_seconds = state["seconds"]
-        self._optimizer_state = state["optimizer"]
-        self._phase_steps = state["phase_steps"]
-        self.progress = Progress(self.folder, self.plan, self.stream, self.environment, self.reporter.note)
-        self.progress.resume(state["wal"])
-        self.folder.update(status="RUNNING", error=None, inputs=describe(self.stream))
-        # last: building and loading may draw random numbers
-        checkpoint.restore_generators(state["generators"])
-
-    def _build(self, purpose: str) -> Any:
+    def _build(self, purpose: str) -> Model:
         model = make_model(self.plan, self.catalogue, self.stream, purpose)
-        if model.head.kind == "multi":
-            # all heads from the start: what a task's outputs begin with does not depend on when it comes
-            self._add_heads(model.head, range(len(self.stream.experiences)), purpose)
+        self.outputs.begin(model.head, purpose)
         return model.to(self.placement.device, self.placement.dtype)
-
-    def _add_heads(self, head: Head, experiences: Iterable[int], purpose: str) -> None:
-        with torch.random.fork_rng(devices=[]):
-            for e in experiences:
-                if e not in head.tasks:
-                    torch.manual_seed(seed_for(self.plan.seed, f"{purpose} head {e}"))
-                    self._add_outputs(
-                        head, range(BYTES) if self.stream.language else self.stream.experiences[e].classes, e
-                    )
-
-    def _add_outputs(self, head: Head, classes: Iterable[int], task: int = SHARED) -> None:
-        block = head.blocks[head.add(list(classes), task)]
-        if self.plan.model.get("init") == "xavier":
-            block.apply(glorot)
 
     def _context(self) -> Context:
         plan = self.plan
@@ -269,19 +207,7 @@ class Session:
         new = [c for e in segment.experiences for c in self.stream.experiences[e].classes]
         self.context.previous = list(self.context.seen)
         self.context.seen += [c for c in dict.fromkeys(new) if c not in known]
-        self._grow_head(segment, new)
-
-    def _grow_head(self, segment: Segment, classes: list[int]) -> None:
-        """Outputs for what the segment brings: always in a growing head, in the others when a run is extended."""
-        head = self.model.head
-        if head.kind == "multi":
-            self._add_heads(head, segment.experiences, "model")
-            return
-        wanted = range(BYTES) if self.stream.language else dict.fromkeys(classes)
-        new = [c for c in wanted if c not in head.classes]
-        if new:
-            with self.context.seeded(f"head {new}"):
-                self._add_outputs(head, new)
+        self.outputs.grow(self.model.head, segment.experiences, new, self.context.seeded)
 
     def announce(self, segment: Segment) -> None:
         """Track what the strategies made of the model for this segment."""
@@ -328,10 +254,11 @@ class Session:
         if self.position.phase == number:
             assert self.position.loader is not None
             self.loader.load_state_dict(self.position.loader)
-            self.optimizer.load_state_dict(self._optimizer_state)
-            self.learner.phase_steps = self._phase_steps
+            assert self.phase_in_progress is not None
+            optimizer_state, self.learner.phase_steps = self.phase_in_progress
+            self.optimizer.load_state_dict(optimizer_state)
         elif plan.optimizer["reset"] == "never":
-            self._take_carried(parameters)
+            carried.take(self.carried, self.model, self.optimizer, parameters)
         self.position = Position(segment.number, number, None)
         self.model.train()
         for strategy in self.strategies:
@@ -342,26 +269,11 @@ class Session:
             raise RunFailed(f"experience {segment.last}: {error}; a smaller optimizer.lr may help") from error
         self.model.to(self.placement.device)
         if plan.optimizer["reset"] == "never":
-            self._keep_carried()
+            self.carried = carried.keep(self.carried, self.model, self.optimizer)
         self.optimizer = None
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _keep_carried(self) -> None:
-        assert self.optimizer is not None
-        state = self.optimizer.state
-        named = dict(self.model.named_parameters())
-        kept = {n: s for n, s in self.carried.items() if n in named}  # a phase may train a part of the network
-        self.carried = kept | {n: dict(state[p]) for n, p in named.items() if p in state}
-
-    def _take_carried(self, parameters: list[torch.nn.Parameter]) -> None:
-        assert self.optimizer is not None
-        wanted = set(parameters)
-        for name, parameter in self.model.named_parameters():
-            state = self.carried.get(name)
-            if parameter in wanted and state is not None and all(_fits(v, parameter) for v in state.values()):
-                self.optimizer.state[parameter] = dict(state)
 
     def _tick(self, phase: Phase) -> None:
         """Between two chunks."""
@@ -455,31 +367,8 @@ class Session:
             self.position.phase = None
         self.saved += 1
         wal = self.progress.sync()
-        checkpoint.save(
-            self.folder.state,
-            self.saved,
-            {
-                "position": self.position.to_dict(),
-                "seen": self.context.seen,
-                "previous": self.context.previous,
-                "structure": self.model.structure(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict() if inside and self.optimizer is not None else None,
-                "carried": self.carried,
-                "strategies": [s.state_dict() for s in self.strategies],
-                "generators": checkpoint.generators(),
-                "rows": self.position.segment and self.segments[self.position.segment - 1].last + 1,
-                "timeline": self.timeline.to_list(),
-                "loads": self.loads,
-                "steps": self.learner.steps,
-                "phase_steps": self.learner.phase_steps,
-                "seconds": self.earlier_seconds + time.monotonic() - self.started,
-                "wal": wal,
-                "data": self.stream.fingerprint,
-                "environment": self.environment,
-            },
-            self.plan.checkpoint["keep"],
-        )
+        state = snapshot.take(self, inside, wal)
+        checkpoint.save(self.folder.state, self.saved, state, self.plan.checkpoint["keep"])
         self.progress.commit(wal)
         self.last_save = time.monotonic()
 
@@ -510,10 +399,6 @@ class Session:
             progress.end("KILLED" if status == "INTERRUPTED" else "FAILED")
             progress.commit(progress.sync())
             progress.close()
-
-
-def _fits(value: Any, parameter: torch.nn.Parameter) -> bool:
-    return not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape
 
 
 def _accelerator(name: str) -> str:

@@ -229,7 +229,7 @@ def test_what_is_not_exact_is_refused(facts: dict[str, str], said: str, referenc
 def test_a_refusal_changes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = begin("mlruns", Stop(3))
     before = folder.facts()
-    monkeypatch.setattr("cmoe.session.differences", lambda *_: ["torch was 1.0, is 2.0"])
+    monkeypatch.setattr("cmoe.snapshot.differences", lambda *_: ["torch was 1.0, is 2.0"])
     with pytest.raises(UserError, match="torch was"):
         api.resume(folder)
     assert folder.facts() == before

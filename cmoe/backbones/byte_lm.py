@@ -55,7 +55,7 @@ class ByteLM(Backbone):
     def forward(self, x: Tensor, context: RouteContext) -> Features:
         h, routings = embed(x, self.bytes, self.positions), {}
         for i, block in enumerate(self.blocks):
-            h, routing = block(h, None, True, context)
+            h, routing = block(h, True, context)
             if routing is not None:
                 routings[f"blocks.{i}.mlp"] = routing
         return Features(self.norm(h), routings)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers
-from cmoe.backbones.transformer import blocks, embed
+from cmoe.backbones.transformer import Packing, blocks, embed
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
 from cmoe.moe import RouteContext
@@ -58,12 +58,13 @@ class TextEncoder(Backbone):
         length = max(int(valid.sum(1).max()), 1) if x.shape[0] else 1
         x, valid = x[:, :length], valid[:, :length]
         valid = valid | (torch.arange(length, device=x.device) == 0)  # an empty text still attends to something
-        h, routings = embed(x, self.words, self.positions), {}
-        mask = valid[:, None, None, :]
-        context = replace(context, valid=valid)
+        packing = Packing(valid)  # two thirds of the places are padding, which costs as much as words
+        h, routings = packing.pack(embed(x, self.words, self.positions)), {}
+        if isinstance(context.task, Tensor):
+            context = replace(context, task=context.task.index_select(0, packing.sequence()))
         for i, block in enumerate(self.blocks):
-            h, routing = block(h, mask, False, context)
+            h, routing = block(h, False, context, packing)
             if routing is not None:
                 routings[f"blocks.{i}.mlp"] = routing
-        weight = valid.to(h.dtype).unsqueeze(-1)
-        return Features((self.norm(h) * weight).sum(1) / weight.sum(1), routings)
+        count = valid.sum(1, keepdim=True).to(h.dtype)
+        return Features(packing.unpack(self.norm(h)).sum(1) / count, routings)

@@ -10,8 +10,38 @@ from cmoe.backbones.experts import ExpertLayers, select
 from cmoe.moe import RouteContext, Routing
 
 
+class Packing:
+    """Where the tokens of texts of different lengths are, so that only attention sees the padding.
+
+    Attributes:
+        rows: (N,) index of each valid token among the B · L places.
+        mask: (B, 1, 1, L) the places that may be attended to.
+
+    Args:
+        valid: (B, L) bool.
+    """
+
+    def __init__(self, valid: Tensor) -> None:
+        self.shape = valid.shape
+        self.rows = valid.reshape(-1).nonzero().squeeze(1)
+        self.mask = valid[:, None, None, :]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) without padding, (N, ...)."""
+        return x.reshape(-1, *x.shape[2:]).index_select(0, self.rows)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, D) with zeros for padding, (B, L, D)."""
+        b, n = self.shape
+        return x.new_zeros(b * n, x.shape[1]).index_copy(0, self.rows, x).view(b, n, x.shape[1])
+
+    def sequence(self) -> Tensor:
+        """(N,) the text that each token belongs to."""
+        return self.rows.div(self.shape[1], rounding_mode="floor")
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over (B, L, D)."""
+    """Multi-head self-attention over (B, L, D), or over packed tokens (N, D)."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -19,12 +49,16 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, causal: bool, packing: Packing | None) -> Tensor:
+        h, mask = self.qkv(x), None
+        if packing is not None:
+            h, mask = packing.unpack(h), packing.mask
+        b, n, d = h.shape[0], h.shape[1], x.shape[-1]
+        q, k, v = h.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         drop = self.dropout if self.training else 0.0
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop, is_causal=causal)
-        return self.out(h.transpose(1, 2).reshape(b, n, d))
+        h = h.transpose(1, 2).reshape(b, n, d)
+        return self.out(h if packing is None else packing.pack(h))
 
 
 class FeedForward(nn.Module):
@@ -50,9 +84,9 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, causal: bool, context: RouteContext
+        self, x: Tensor, causal: bool, context: RouteContext, packing: Packing | None = None
     ) -> tuple[Tensor, Routing | None]:
-        x = x + F.dropout(self.attention(self.norm1(x), mask, causal), self.dropout, self.training)
+        x = x + F.dropout(self.attention(self.norm1(x), causal, packing), self.dropout, self.training)
         h, routing = self.norm2(x), None
         if isinstance(self.mlp, FeedForward):
             y = self.mlp(h)

@@ -136,9 +136,8 @@ def test_an_encoder_sees_both_sides_and_no_padding(kind: str) -> None:
     for other in (beside_long_ones.x[:3], cut, wider):
         torch.testing.assert_close(other, short, rtol=1e-5, atol=1e-6)
     for routing in beside_long_ones.routings.values():
-        ids = routing.ids.view(6, 10, -1)
-        assert (ids[:3, 4:] == -1).all()
-        assert (ids[:3, :4] >= 0).all()
+        assert routing.ids.shape[0] == 3 * 4 + 3 * 10  # padding is no token
+        assert (routing.ids >= 0).all()
     last = x.clone()
     last[:3, 3] = x[:3, 3] % 49 + 1
     assert (backbone(last[:3], context(kind, 3)).x - short).abs().max() > 1e-4

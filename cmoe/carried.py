@@ -1,0 +1,33 @@
+"""Optimizer state that outlives an experience (`optimizer.reset: never`), by the name of its parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+State = dict[str, dict[str, Any]]
+
+
+def keep(before: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """What to carry on: the optimizer's state, and for parameters that it did not train what was kept before."""
+    named = dict(model.named_parameters())
+    kept = {n: s for n, s in before.items() if n in named}  # a phase may train a part of the network
+    return kept | {n: dict(optimizer.state[p]) for n, p in named.items() if p in optimizer.state}
+
+
+def take(
+    carried: State, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+) -> None:
+    """Give a new optimizer the state of those of its parameters that survived with their shape."""
+    wanted = set(parameters)
+    for name, parameter in model.named_parameters():
+        state = carried.get(name)
+        if parameter in wanted and state is not None and all(_fits(v, parameter) for v in state.values()):
+            optimizer.state[parameter] = dict(state)
+
+
+def _fits(value: Any, parameter: nn.Parameter) -> bool:
+    return not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape == parameter.shape
