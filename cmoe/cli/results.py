@@ -64,7 +64,7 @@ def _labels(names: Sequence[str], width: int) -> tuple[list[str], list[str]]:
 
 def show_comparison(document: dict[str, Any], picture: Path, report: Path) -> None:
     """Means over seeds, the paired differences to the baseline, and where picture and report are."""
-    from cmoe.tracking.compare import headline_metrics, number
+    from cmoe.tracking.compare import difference, headline_metrics, number
 
     names = [n for n in headline_metrics(document) if not n.startswith("bits_per_byte/forgetting")]
     heads = [n.replace("acc_macro", "acc").replace("forgetting_chaudhry", "forgetting") for n in names]
@@ -84,27 +84,27 @@ def show_comparison(document: dict[str, Any], picture: Path, report: Path) -> No
             ]
         )
         if label != document["baseline"]:
-            differences.append(
-                [label, *(number(c["difference"], n, signed=True) for c, n in zip(cells, names, strict=True))]
-            )
+            differences.append([label, *(difference(c, n) for c, n in zip(cells, names, strict=True))])
     print(f"\n{document['experiment']}: mean over seeds ± half the 95 % interval")
     print(table(rows, indent="  "))
     if len(differences) > 1:
         print(f"\ndifference to {document['baseline']}, paired over seeds")
         print(table(differences, indent="  "))
+    for note in document["notes"]:
+        print(f"\nnote: {note}")
     print(f"\npicture: {picture}\nreport:  {report}")
 
 
 def write_comparison(experiment: str, root: Path, baseline: str | None = None) -> tuple[dict[str, Any], Path, Path]:
     """Compare an experiment's finished runs; writes a picture and a self-contained report, returns all three."""
-    from cmoe.tracking.compare import compare, picture
+    from cmoe.tracking.compare import choose, compare, picture
     from cmoe.tracking.figures.style import png
     from cmoe.tracking.files import write_atomic
     from cmoe.tracking.report import report
     from cmoe.tracking.summary import load_runs
 
-    runs = load_runs(root, experiment)
-    document = compare(runs, baseline)
+    runs, notes = choose(load_runs(root, experiment))
+    document = {**compare(runs, baseline), "notes": notes}
     from cmoe.rundir import slug
 
     folder = root / "reports" / slug(experiment)

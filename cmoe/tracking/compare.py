@@ -10,6 +10,7 @@ import numpy as np
 
 from cmoe.errors import UserError, nearest
 from cmoe.metrics.statistics import Summary, paired_difference, summarise
+from cmoe.tracking.settings import tell_apart, warnings
 from cmoe.tracking.summary import RunSummary
 
 if TYPE_CHECKING:
@@ -25,11 +26,30 @@ HEADLINES = {
 PERCENT = ("class_il", "task_il", "next_byte_accuracy")
 
 
+def choose(runs: Sequence[RunSummary]) -> tuple[list[RunSummary], list[str]]:
+    """The runs to compare, and what a reader must know about the choice.
+
+    Runs with one label and different settings get labels of their own; of runs that share settings and seed the newest
+    counts.
+    """
+    newest: dict[tuple[str, int], RunSummary] = {}
+    for run in tell_apart(runs):
+        newest[run.label, run.seed] = run
+    labels = list(dict.fromkeys(label for label, _ in newest))
+    chosen = sorted(newest.values(), key=lambda r: (labels.index(r.label), r.seed))
+    notes = warnings(chosen)
+    kept = {run.run_id for run in chosen}
+    older = [run.run_id for run in runs if run.run_id not in kept]
+    if older:
+        notes.append(f"repeated with the same settings and seed, the newest counts; left out: {', '.join(older)}")
+    return chosen, notes
+
+
 def compare(runs: Sequence[RunSummary], baseline: str | None = None) -> dict[str, Any]:
     """Every metric by label over seeds.
 
     Args:
-        runs: of one experiment, each label and seed once.
+        runs: of one experiment, each label and seed once (see `choose`).
         baseline: label that the differences refer to; default is `naive` where there is one, else the first.
 
     Returns:
@@ -47,7 +67,8 @@ def compare(runs: Sequence[RunSummary], baseline: str | None = None) -> dict[str
         groups.setdefault(run.label, []).append(run)
     if baseline is not None and baseline not in groups:
         raise UserError(f"--baseline: expected one of {', '.join(groups)}, got '{baseline}'{nearest(baseline, groups)}")
-    reference = baseline or ("naive" if "naive" in groups else next(iter(groups)))
+    plain = [label for label in groups if label.partition(" (")[0] == "naive"]
+    reference = baseline or (plain or list(groups))[0]
     groups = {reference: groups[reference], **groups}  # the baseline stands first
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     metrics: dict[str, dict[str, Any]] = {}
@@ -90,7 +111,7 @@ def table(result: dict[str, Any], metrics: Sequence[str] | None = None) -> tuple
         row = [label, str(len(result["seeds"][label]))]
         for name in chosen:
             cell = result["metrics"][name][label]
-            row += [number(cell, name), number(cell["difference"], name, signed=True)]
+            row += [number(cell, name), difference(cell, name)]
         costs = result["costs"][label]
         row.append("–" if costs["parameters_total"] is None else f"{costs['parameters_total']:,.0f}")
         row.append("–" if costs["wall_seconds"] is None else f"{costs['wall_seconds']:.1f}")
@@ -108,6 +129,13 @@ def number(cell: dict[str, Any] | None, name: str, signed: bool = False) -> str:
     if cell["low"] is None:
         return text
     return f"{text} ± {scale * (cell['high'] - cell['low']) / 2:.{digits}f}"
+
+
+def difference(cell: dict[str, Any], name: str) -> str:
+    """The paired difference of a cell, with the number of pairs where not every seed has one."""
+    paired = cell["difference"]
+    text = number(paired, name, signed=True)
+    return text if paired is None or paired["n"] == cell["n"] else f"{text} (n={paired['n']})"
 
 
 def picture(runs: Sequence[RunSummary], result: dict[str, Any], view: str | None = None) -> Figure:

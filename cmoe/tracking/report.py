@@ -16,7 +16,7 @@ from cmoe.tracking.summary import RunSummary
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
 h1{font-size:1.6em;margin-bottom:0}h2{font-size:1.2em;margin-top:2.2em;border-bottom:1px solid #ddd;padding-bottom:.2em}
-p.sub{color:#666;margin-top:.2em}img{max-width:100%;height:auto}
+p.note{background:#fff4d6;padding:.5em 1em}p.sub{color:#666;margin-top:.2em}img{max-width:100%;height:auto}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
 th,td{padding:.3em .8em;text-align:right;border-bottom:1px solid #eee;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{background:#f6f6f6;position:sticky;top:0}
@@ -41,6 +41,7 @@ def report(runs: Sequence[RunSummary], result: dict[str, Any], title: str | None
         f"<h1>{escape(name)}</h1>",
         f'<p class="sub">{len(runs)} runs · seeds {escape(seeds)} · ± is half the 95 % interval over seeds · '
         f"Δ is the paired difference to {escape(result['baseline'])}</p>",
+        *(f'<p class="note">{escape(note)}</p>' for note in result.get("notes", [])),
         _table(header, rows),
         *(f"<p>{_image(png(picture(runs, result, view)), f'comparison, {view}')}</p>" for view in views),
         "<h2>All metrics</h2>",

@@ -61,8 +61,7 @@ def read_run(folder: Path, matrices: bool = True) -> RunSummary | None:
 
 
 def load_runs(root: Path, experiment: str, finished: bool = True, matrices: bool = True) -> list[RunSummary]:
-    """The runs of an experiment under `<root>/runs`, in order of their labels' first run, then by seed; of
-    two with the same both, the newer one.
+    """The runs of an experiment under `<root>/runs`, in order of their labels' first run, then of their creation.
 
     Raises:
         UserError: there is no such experiment, or none of its runs is finished.
@@ -80,13 +79,9 @@ def load_runs(root: Path, experiment: str, finished: bool = True, matrices: bool
     if not done:
         states = ", ".join(sorted({run.status for run in own}))
         raise UserError(f"{experiment}: expected finished runs, its {len(own)} runs are {states}")
-    newest: dict[tuple[str, int], RunSummary] = {}
-    for run in sorted(done, key=lambda r: str(r.created or "")):
-        newest[run.label, run.seed] = run
-    first: dict[str, str] = {}  # labels in the order in which they were first run, which is the file's
-    for run in newest.values():
-        first[run.label] = min(first.get(run.label, "~"), str(run.created or ""))
-    chosen = sorted(newest.values(), key=lambda r: (first[r.label], r.label, r.seed))
+    done.sort(key=lambda r: str(r.created or ""))
+    first = {run.label: i for i, run in reversed(list(enumerate(done)))}
+    done.sort(key=lambda r: first[r.label])  # stable: by creation within a label
     if not matrices:
-        return chosen
-    return [full for run in chosen if (full := read_run(Path(root) / "runs" / run.run_id))]
+        return done
+    return [full for run in done if (full := read_run(Path(root) / "runs" / run.run_id))]

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from cmoe.errors import UserError
-from cmoe.tracking.compare import compare, headline_metrics, picture, table
+from cmoe.tracking.compare import choose, compare, headline_metrics, picture, table
 from cmoe.tracking.figures import png
 from cmoe.tracking.report import report
 from cmoe.tracking.summary import load_runs, read_run
@@ -67,10 +67,54 @@ def test_table_is_text_in_percent(root):
     assert (rows[0][0], rows[0][3]) == ("replay", "–")
 
 
-def test_of_two_runs_with_label_and_seed_the_newer_counts(root):
+def test_of_two_runs_with_the_same_settings_and_seed_the_newer_counts(root):
     write_run(root, "naive", 0, keep=0.9, created=5.0, run_id="digits-naive-s0-bbbbbb")
-    runs = load_runs(root, "digits")
+    runs, notes = choose(load_runs(root, "digits"))
     assert [r.run_id for r in runs if r.label == "naive" and r.seed == 0] == ["digits-naive-s0-bbbbbb"]
+    assert len(notes) == 1
+    assert notes[0].endswith("left out: digits-naive-s0-aaaaaa")
+
+
+def test_runs_of_other_settings_are_not_averaged(root):
+    """One label, several settings: each is a row of its own, named by what differs."""
+    other = {"trainer": {"epochs": 12}, "tracking": {"root": "elsewhere"}}
+    for seed in (0, 1):
+        config = {"seed": seed, "strategy": [{"name": "replay"}], **other}
+        write_run(root, "replay", seed, created=5.0, run_id=f"digits-replay-s{seed}-b", config=config)
+    runs, notes = choose(load_runs(root, "digits"))
+    result = compare(runs)
+    assert notes == []
+    assert result["seeds"] == {
+        "naive": [0, 1, 2],
+        "replay (trainer.epochs=unset)": [0, 1, 2],
+        "replay (trainer.epochs=12)": [0, 1],
+    }
+    cell = result["metrics"]["class_il/acc_macro"]["replay (trainer.epochs=12)"]
+    assert (cell["n"], cell["difference"]["n"]) == (2, 2)
+
+
+def test_more_settings_than_a_label_can_show_get_numbers(root):
+    for i in range(3):
+        config = {"strategy": [{"name": "many"}], "a": 1, "b": 1, "c": 1, "model": {"x": i // 2, "y": i % 2}}
+        config |= {"a": i > 0, "b": i > 0, "c": i > 0}
+        write_run(root, "many", 0, run_id=f"digits-many-{i}", config=config)
+    labels = compare(choose(load_runs(root, "digits"))[0])["labels"]
+    assert len([label for label in labels if label.startswith("many (")]) == 3
+    assert any(label.endswith(" #2") for label in labels)
+
+
+def test_another_stream_or_evaluation_is_said(root):
+    write_run(root, "replay", 3, config={"stream": {"limit": 3}, "evaluation": {"split": "validation"}})
+    _, notes = choose(load_runs(root, "digits"))
+    assert notes == ["the runs are not of one stream and evaluation, they differ in: stream.limit, evaluation.split"]
+
+
+def test_a_difference_of_fewer_pairs_says_how_many(root):
+    write_run(root, "replay", 3)
+    _, rows = table(compare(choose(load_runs(root, "digits"))[0]))
+    replay = next(row for row in rows if row[0] == "replay")
+    assert replay[1] == "4"
+    assert replay[3].endswith("(n=3)")
 
 
 def test_damaged_folders_are_left_out(root):
