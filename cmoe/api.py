@@ -8,7 +8,6 @@ from typing import Any
 
 from cmoe.config.plan import Plan
 from cmoe.config.study import read_study
-from cmoe.config.text import read_file
 from cmoe.errors import UserError
 from cmoe.plugins import Catalogue
 from cmoe.reporting import Reporter
@@ -57,7 +56,9 @@ def start_in(
 ) -> dict[str, Any]:
     """`start` in a folder that `new_run` made, for callers that must know the run's id."""
     try:
-        return _work(plan, folder, catalogue, data, reporter, stop)
+        with folder.working():
+            folder.update(data_root=str(data.root))
+            return _train(plan, folder, catalogue, data, reporter, stop)
     except UserError:
         _forget_unstarted(folder)
         raise
@@ -103,18 +104,13 @@ def resume(
     Raises:
         UserError: the data, the machine or the versions changed since the run began (unless `anyway`).
     """
-    facts = folder.facts()
-    if facts.get("status") == "EXTENDING":
-        catalogue = Catalogue([*facts["config"].get("plugins", []), *plugins])
-        longer = Plan.from_dict(facts["config"], catalogue, str(folder.path / "run.json"))
-        write_whole(folder.path / "config.yaml", longer.to_yaml())
-    plan, catalogue = plan_of_run(folder, plugins)
-    if facts.get("status") == "FINISHED":
-        _commit_log(folder)
-        deliver_rest(folder)
-        return folder.facts()
-    where = data or data_of_run(folder)
-    return _work(plan, folder, catalogue, where, reporter, stop, anyway)
+    with folder.working():
+        plan, catalogue = plan_of_run(folder, plugins)
+        if folder.facts().get("status") == "FINISHED":
+            _commit_log(folder)
+            deliver_rest(folder)
+            return folder.facts()
+        return _train(plan, folder, catalogue, data or data_of_run(folder), reporter, stop, anyway)
 
 
 def extend(
@@ -137,42 +133,44 @@ def extend(
     Raises:
         UserError: the run is not finished, has nothing left, or the task does not fit it.
     """
-    if folder.facts().get("status") != "FINISHED":
-        raise UserError(
-            f"run {folder.id}: expected a finished run, it is {folder.facts().get('status')}; resume it first"
-        )
-    plan, catalogue = plan_of_run(folder, plugins)
+    with folder.working():
+        plan, catalogue = plan_of_run(folder, plugins)
+        where = data or data_of_run(folder)
+        longer = _longer(folder, plan, catalogue, task, where, plugins)
+
+        return _train(longer, folder, catalogue, where, reporter, stop, anyway)
+
+
+def _longer(
+    folder: RunFolder,
+    plan: Plan,
+    catalogue: Catalogue,
+    task: str | int | Mapping[str, Any],
+    data: DataFolder,
+    plugins: Sequence[str | Path],
+) -> Plan:
+    """The plan of an extended run.
+
+    Raises:
+        UserError: see `extend`.
+    """
+    status = folder.facts().get("status")
+    if status != "FINISHED":
+        raise UserError(f"run {folder.id}: expected a finished run, it is {status}; resume it first")
     for name in (s["name"] for s in plan.strategy):
         entry = catalogue.find("strategy", name)
         if entry.attribute("owns_loop", False) or not entry.attribute("extendable", True):
             raise UserError(f"run {folder.id}: strategy '{name}' cannot go on, it has no state between experiences")
-    where = data or data_of_run(folder)
     config = plan.to_dict()
     stream = config["stream"]
     if isinstance(task, int) or task in ("next", "all") or (isinstance(task, str) and task.isdecimal()):
-        stream["limit"] = _further(folder, plan, catalogue, where, task)
+        stream["limit"] = _further(folder, plan, catalogue, data, task)
     else:
         spec = {"name": task} if isinstance(task, str) else dict(task)
         if stream["limit"]:
             raise UserError(f"run {folder.id}: its own stream is not complete; extend it with task=all first")
         stream["then"] = [*stream["then"], spec]
-    longer = Plan.from_dict(config, Catalogue([*config.get("plugins", []), *plugins]), "extend")
-    make_stream_early(longer, catalogue, where)
-    # run.json first: a kill between the two is mended by `resume`, which finds the state there
-    folder.update(status="EXTENDING", config=longer.to_dict(), config_hash=longer.hash)
-    write_whole(folder.path / "config.yaml", longer.to_yaml())
-    return _work(longer, folder, catalogue, where, reporter, stop, anyway)
-
-
-def make_stream_early(plan: Plan, catalogue: Catalogue, data: DataFolder) -> None:
-    """Open the stream for its errors alone, before anything is written.
-
-    Raises:
-        UserError: a task of it cannot be opened, or does not fit the others.
-    """
-    from cmoe.assembly import make_stream
-
-    make_stream(plan, catalogue, data)
+    return Plan.from_dict(config, Catalogue([*config.get("plugins", []), *plugins]), "extend")
 
 
 def _further(folder: RunFolder, plan: Plan, catalogue: Catalogue, data: DataFolder, task: str | int | Any) -> int:
@@ -226,13 +224,12 @@ def data_of_run(folder: RunFolder) -> DataFolder:
 
 def plan_of_run(folder: RunFolder, plugins: Sequence[str | Path] = ()) -> tuple[Plan, Catalogue]:
     """A run's plan, checked again against the components as they are now."""
-    path = folder.path / "config.yaml"
-    config = read_file(path)
+    config = folder.facts()["config"]
     catalogue = Catalogue([*config.get("plugins", []), *plugins])
-    return Plan.from_dict(config, catalogue, str(path)), catalogue
+    return Plan.from_dict(config, catalogue, str(folder.path / "run.json")), catalogue
 
 
-def _work(
+def _train(
     plan: Plan,
     folder: RunFolder,
     catalogue: Catalogue,
@@ -241,14 +238,13 @@ def _work(
     stop: Stop | None,
     anyway: bool = False,
 ) -> dict[str, Any]:
+    """The whole road for a run that this process holds."""
     from cmoe.runner import train
     from cmoe.session import Session
 
-    with folder.working():
-        folder.update(data_root=str(data.root))
-        session = Session(plan, folder, catalogue, data, reporter or Reporter(), anyway, stop)
-        with session.watched():
-            return train(session)
+    session = Session(plan, folder, catalogue, data, reporter or Reporter(), anyway, stop)
+    with session.watched():
+        return train(session)
 
 
 def _forget_unstarted(folder: RunFolder) -> None:

@@ -19,6 +19,7 @@ from cmoe.tracking import layout
 from cmoe.tracking.figures import ExpertLife, RouterLoad
 from cmoe.tracking.store import locate
 from cmoe.tracking.tracker import Tracker
+from cmoe.tracking.wal import read
 
 Loads = Mapping[int, Mapping[int, Mapping[str, Mapping[int, int]]]]  # row, experience, layer, expert -> tokens
 
@@ -59,8 +60,12 @@ class Progress:
         )
 
     def resume(self, length: int) -> None:
-        """Go back to the log as a checkpoint knew it."""
+        """Go back to the log as a checkpoint knew it; an extended run's new settings are logged."""
         self.tracker.resume(length)
+        logged = {e["key"]: e["value"] for e, _ in read(self.folder.wal, 0, length) if e["kind"] == "param"}
+        changed = {k: v for k, v in layout.flatten(self.plan.to_dict()).items() if logged.get(k) != v}
+        if changed:
+            layout.log_change(self.tracker, changed)
 
     def baseline(self, record: Record) -> None:
         """The row of the initial model."""

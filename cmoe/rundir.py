@@ -17,7 +17,10 @@ RUNS = "runs"
 
 
 class RunFolder:
-    """`mlruns/runs/<run id>` with `config.yaml`, `run.json`, `rows/`, `state/`, `wal.jsonl`, `figures/`.
+    """`mlruns/runs/<run id>` with `run.json`, `rows/`, `state/`, `wal.jsonl`, `figures/`, and `config.yaml`.
+
+    What the run computes is the configuration in `run.json`, which changes whole or not at all; `config.yaml` is its
+    copy for people and for `cmoe run`.
 
     Args:
         path: the folder.

@@ -24,7 +24,7 @@ from cmoe.outputs import Outputs
 from cmoe.plugins import Catalogue
 from cmoe.progress import Progress
 from cmoe.reporting import Reporter
-from cmoe.rundir import RunFolder, now
+from cmoe.rundir import RunFolder, now, write_whole
 from cmoe.snapshot import Position
 from cmoe.strategies import Avalanche, Context, Phase, Segment, Strategy
 from cmoe.streams import BatchScheduler, DataFolder
@@ -105,9 +105,18 @@ class Session:
             self._start()
         else:
             snapshot.restore(self, state)
+            # Nothing refuses the run any more: from now on it is what its plan says (an extended one's is longer).
+            self.folder.update(
+                status="RUNNING",
+                error=None,
+                inputs=describe(self.stream),
+                data_root=str(self.data.root),
+                config=plan.to_dict(),
+                config_hash=plan.hash,
+            )
+            write_whole(self.folder.path / "config.yaml", plan.to_yaml())
             self.progress = self._progress()
             self.progress.resume(state["wal"])
-            self.folder.update(status="RUNNING", error=None, inputs=describe(self.stream))
             # last: building and loading may draw random numbers
             checkpoint.restore_generators(state["generators"])
         self.last_save = time.monotonic()

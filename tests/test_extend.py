@@ -82,3 +82,40 @@ def test_what_cannot_go_on_is_refused_and_the_run_stays(
     with pytest.raises(UserError, match=message):
         api.extend(run, task, data_folder(tmp_path))  # ty: ignore[invalid-argument-type]
     assert run.facts() == before
+
+
+@pytest.mark.parametrize("what", ["code", "data"])
+def test_a_refused_extension_changes_nothing(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path, "stream.limit=2")
+
+    def files() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = files()
+    with monkeypatch.context() as patch:
+        if what == "code":
+            patch.setattr("cmoe.snapshot.differences", lambda *_: ["code was a, is b"])
+        else:
+            original = torch.load
+            patch.setattr(torch, "load", lambda *a, **k: {**original(*a, **k), "data": "another"})
+        with pytest.raises(UserError, match="--anyway"):
+            api.extend(run, "next", data_folder(tmp_path))
+    assert files() == before
+    assert api.extend(run, "next", data_folder(tmp_path))["status"] == "FINISHED"
+
+
+def test_mlflow_learns_of_the_new_settings(tmp_path: Path) -> None:
+    from cmoe.tracking import store
+
+    run = trained(tmp_path, "stream.limit=2", "tracking.enabled=true")
+    api.extend(run, "next", data_folder(tmp_path))
+    location = store.locate(tmp_path)
+    client = store.client(location)
+    found = store.find_run(client, store.experiment(client, location, run.facts()["experiment"]).experiment_id, run.id)
+    assert found is not None
+    data = client.get_run(found).data
+    assert data.params["stream.limit"] == "2"
+    assert data.tags["changed.stream.limit"] == "3"
+    (config,) = (tmp_path / "artifacts").rglob("config.yaml")
+    assert "limit: 3" in config.read_text()
+    assert config.read_bytes() == (run.path / "config.yaml").read_bytes()

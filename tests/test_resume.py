@@ -250,9 +250,9 @@ def test_the_thread_count_is_recorded_and_taken_up(here: Path, monkeypatch: pyte
 
 def test_changed_options_of_a_plugin_are_refused(here: Path) -> None:
     folder = begin("mlruns", Stop(1))
-    text = (folder.path / "config.yaml").read_text()
-    (folder.path / "config.yaml").write_text(text.replace("epochs: 2", "epochen: 2"))
-    with pytest.raises(UserError, match=r"config\.yaml: trainer\.epochen"):
+    text = (folder.path / "run.json").read_text()
+    (folder.path / "run.json").write_text(text.replace('"epochs": 2', '"epochen": 2'))
+    with pytest.raises(UserError, match=r"run\.json: trainer\.epochen"):
         api.resume(folder)
 
 

@@ -103,6 +103,12 @@ def log_start(
         tracker.artifact(tracker.run_dir / "config.yaml")
 
 
+def log_change(tracker: Tracker, changed: Mapping[str, str]) -> None:
+    """Settings of a run that was extended: MLflow's parameters never change, so they arrive as tags `changed.<key>`."""
+    tracker.params(changed)
+    tracker.artifact(tracker.run_dir / "config.yaml")
+
+
 def log_row(tracker: Tracker, record: Record, index: int, *, unseen_masked: bool = False) -> dict[str, Value]:
     """One row of the matrix with all metrics as of it; returns them. Row -1 logs the baseline at step 0."""
     for name, view in views(record).items():
