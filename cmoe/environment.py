@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 # a difference in one of these changes bits; the others are for the record
-EXACT = ("torch", "numpy", "threads", "device", "cpu", "code")
+EXACT = ("torch", "numpy", "threads", "device", "cpu", "code", "plugins")
 
 
-def environment(threads: int, device: str) -> dict[str, Any]:
+def environment(threads: int, device: str, plugins: str = "") -> dict[str, Any]:
     """Everything about this machine and installation that results may depend on.
 
     Args:
         threads: CPU threads of the run.
         device: where the model is.
+        plugins: fingerprint of the source of components that do not come with cmoe.
     """
     import numpy
     import torch
@@ -34,13 +35,15 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "threads": threads,
         "device": device,
         "code": code_fingerprint(),
+        "plugins": plugins,
         "git": git_commit(),
     }
 
 
 def differences(recorded: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """What would keep a resumed run from being bit-identical, one phrase each."""
-    return [f"{k} was {recorded.get(k)}, is {present.get(k)}" for k in EXACT if recorded.get(k) != present.get(k)]
+    pairs = [(k, recorded.get(k) or None, present.get(k) or None) for k in EXACT]
+    return [f"{k} was {was}, is {now}" for k, was, now in pairs if was != now]
 
 
 @cache  # a process computes with what it imported, whatever happens to the files

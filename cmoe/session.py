@@ -82,7 +82,7 @@ class Session:
             self.catalogue, "optimizer", {k: v for k, v in plan.optimizer.items() if k != "reset"}
         )
         self.evaluator = Evaluator(plan, self.stream, self.model, self.placement, self.strategies)
-        self.environment = environment(self.threads, str(self.placement.device))
+        self.environment = environment(self.threads, str(self.placement.device), plan.code)
         self.position = Position()
         self.carried: dict[str, dict[str, Any]] = {}
         self.loads: dict[int, dict[int, Load]] = {}

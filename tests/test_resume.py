@@ -256,6 +256,28 @@ def test_changed_options_of_a_plugin_are_refused(here: Path) -> None:
         api.resume(folder)
 
 
+@pytest.mark.parametrize("edited", ["anchor.py", "_helper.py"])
+def test_an_edited_plugin_is_another_computation(here: Path, edited: str) -> None:
+    """Its source is part of what makes a resumed run exact, and of what makes two runs the same."""
+    (here / "tasks").mkdir()
+    (here / "tasks" / "_helper.py").write_text("X = 1\n")
+    (here / "tasks" / "anchor.py").write_text(
+        'from cmoe.strategies import Strategy\n\n\nclass Anchor(Strategy):\n    """Does nothing."""\n'
+    )
+    config = {**CONFIG, "strategy": "anchor"}
+    plan, catalogue = api.plan_of(config)
+    folder = api.new_run(plan)
+    with pytest.raises(Interrupted):
+        api.start_in(plan, folder, catalogue, api.data_folder(), stop=Stop(1))
+    assert api.plan_of(config)[0].hash == plan.hash
+    with (here / "tasks" / edited).open("a") as file:
+        file.write("# changed\n")
+    assert api.plan_of(config)[0].hash != plan.hash
+    with pytest.raises(UserError, match=r"plugins was .*--anyway"):
+        api.resume(folder)
+    assert api.resume(folder, anyway=True)["status"] == "FINISHED"
+
+
 def _hold(path: Path, ready: Any) -> None:
     with RunFolder(path).working():
         ready.set()

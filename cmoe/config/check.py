@@ -16,6 +16,7 @@ from cmoe.config.where import COMMAND_LINE, DEFAULT, ConfigError, show
 from cmoe.errors import nearest
 from cmoe.plugins import PLURALS, REQUIRED, Catalogue, Entry, Option
 from cmoe.plugins.builtin import an
+from cmoe.plugins.catalogue import fingerprint
 from cmoe.plugins.schema import options_of, summary
 from cmoe.plugins.source import Class, Module, read
 from cmoe.plugins.types import (
@@ -93,7 +94,7 @@ class _Check:
         done: dict[str, Any] = {n: self._section(n) for n in parts}
         folders = sorted({str(e.folder) for e in self.entries.values() if e.folder is not None})
         sources = {dotted(p): s for p, s in self.tree.sources.items() if s != DEFAULT}
-        plan = Plan(run=run, **done, plugins=folders, sources=sources)
+        plan = Plan(run=run, **done, plugins=folders, code=fingerprint(self.entries.values()), sources=sources)
         rules.apply(rules.View(plan, self.entries, lambda key: self.tree.where(_path(key))))
         return plan
 

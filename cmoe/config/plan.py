@@ -26,6 +26,7 @@ class Plan:
         model: `moe` is None for a dense model.
         strategy: the strategies in their order.
         plugins: the plugin folders that components of this plan came from.
+        code: fingerprint of the plugins' own source; empty when everything is built in. Part of `hash`, not of `to_dict`.
         sources: which file set each key, by full key; not part of the plan's identity.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     evaluation: dict[str, Any]
     tracking: dict[str, Any]
     plugins: list[str] = field(default_factory=list)
+    code: str = field(default="", compare=False)
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -62,7 +64,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """A copy in plain containers and a fixed order of keys; as YAML it is a configuration again."""
-        sections = {n: getattr(self, n) for n in self.__dataclass_fields__ if n not in ("run", "sources")}
+        sections = {n: getattr(self, n) for n in self.__dataclass_fields__ if n not in ("run", "code", "sources")}
         return copy.deepcopy({**self.run, **sections})
 
     @classmethod
@@ -94,5 +96,6 @@ class Plan:
     def hash(self) -> str:
         """sha256 (hex) of everything that decides what is computed: not tracking, checkpoint or plugin folders."""
         data = {k: v for k, v in self.to_dict().items() if k not in _NOT_HASHED}
+        data |= {"code": self.code} if self.code else {}
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()

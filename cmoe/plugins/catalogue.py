@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,6 +192,19 @@ class Catalogue:
                 except Unreadable as e:
                     self.broken.append((Path(f"{group}: {point.name} = {point.value}"), str(e)))
         return found
+
+
+def fingerprint(entries: Collection[Entry]) -> str:
+    """Hash (12 hexadecimal digits) of the source of those components that do not come with cmoe; '' without any.
+
+    Of a plugin file in a folder, the helpers beside it (their names begin with an underscore) count too.
+    """
+    files = {e.path for e in entries if not e.builtin}
+    files |= {helper for e in entries if e.folder is not None for helper in e.folder.glob("_*.py")}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12] if files else ""
 
 
 def read_roots() -> dict[str, Path]:
