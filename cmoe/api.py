@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmoe.config.plan import Plan
 from cmoe.config.study import read_study
 from cmoe.errors import UserError
 from cmoe.plugins import Catalogue
 from cmoe.reporting import Reporter
-from cmoe.rundir import RunFolder, create, find, now, write_whole
+from cmoe.rundir import RunFolder, create, find, now, writable, write_whole
 from cmoe.streams.data import DataFolder, data_folder
+
+if TYPE_CHECKING:
+    from cmoe.tracking.store import Location
 
 Stop = Callable[[], bool]
 
@@ -69,14 +72,18 @@ def prepare_tracking(plan: Plan) -> None:
     from cmoe.tracking.store import locate, prepare
 
     if plan.tracking["enabled"]:
+        writable(Path(plan.tracking["root"]))
         prepare(locate(plan.tracking["root"], plan.tracking["uri"]))
 
 
 def new_run(plan: Plan) -> RunFolder:
     """The folder of a new run, with its configuration and first facts."""
+    from cmoe.tracking.store import locate
+
     root = Path(plan.tracking["root"])
     folder = create(root, plan.experiment, plan.label, plan.seed, plan.hash)
     write_whole(folder.path / "config.yaml", plan.to_yaml())
+    location = locate(root, plan.tracking["uri"])
     folder.update(
         run_id=folder.id,
         experiment=plan.experiment,
@@ -85,6 +92,7 @@ def new_run(plan: Plan) -> RunFolder:
         seed=plan.seed,
         status="CREATED",
         created=now(),
+        server=location.name if plan.tracking["enabled"] and not location.local else None,
         config_hash=plan.hash,
         config=plan.to_dict(),
     )
@@ -205,15 +213,23 @@ def deliver_rest(folder: RunFolder, uri: str | None = None) -> int:
         ConnectionError: the server cannot be reached.
     """
     from cmoe.tracking import deliver
+
+    facts = folder.facts()
+    location = server_of(folder, uri)
+    if location is None:
+        return 0
+    return deliver.sync(folder.path, folder.id, facts["experiment"], location)
+
+
+def server_of(folder: RunFolder, uri: str | None = None) -> Location | None:
+    """Where the run's tracking goes; None where the run wants none and no `uri` is given."""
     from cmoe.tracking.store import locate
 
     facts = folder.facts()
-    tracking = facts["config"]["tracking"]
-    if not tracking["enabled"] and uri is None:
-        return 0
-    return deliver.sync(
-        folder.path, folder.id, facts["experiment"], locate(folder.path.parents[1], uri or tracking["uri"])
-    )
+    tracking = facts.get("config", {}).get("tracking", {})
+    if not tracking.get("enabled", True) and uri is None:
+        return None
+    return locate(folder.path.resolve().parents[1], uri or tracking.get("uri"), facts.get("server"))
 
 
 def data_of_run(folder: RunFolder) -> DataFolder:

@@ -11,7 +11,7 @@ import torch
 from cmoe.backbones import Backbone, ExpertLayers
 from cmoe.backbones.mlp import glorot
 from cmoe.config.plan import Plan
-from cmoe.errors import UserError
+from cmoe.errors import UserError, one_line
 from cmoe.learners import Head, Model
 from cmoe.learners.objective import Classification, Language, Objective
 from cmoe.plugins import Catalogue
@@ -43,10 +43,11 @@ def make_stream(plan: Plan, catalogue: Catalogue, data: DataFolder) -> Stream:
     return join(streams, plan.stream["online_size"])
 
 
-def head_kind(plan: Plan) -> str:
+def head_kind(plan: Plan, stream: Stream) -> str:
     """The kind of head, with 'auto' decided."""
     kind = plan.model["head"]
-    return kind if kind != "auto" else "multi" if plan.stream["scenario"] == "task" else "shared"
+    labelled = stream.scenario == "task" or stream.many_labels
+    return kind if kind != "auto" else "multi" if labelled else "shared"
 
 
 def make_model(plan: Plan, catalogue: Catalogue, stream: Stream, purpose: str = "model") -> Model:
@@ -70,9 +71,13 @@ def make_model(plan: Plan, catalogue: Catalogue, stream: Stream, purpose: str = 
             backbone = entry.create(
                 plan.model, input_shape=stream.input_shape, vocabulary=stream.vocabulary, experts=experts
             )
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"model: {error}") from error
-        head = Head(backbone.width, head_kind(plan))
+        except Exception as error:  # a plugin's constructor, or more memory than there is
+            raise UserError(f"model: {one_line(error)}") from error
+        head = Head(backbone.width, head_kind(plan, stream))
         if head.kind == "shared":
             head.add(range(BYTES if stream.language else stream.n_classes))
         model = Model(backbone, head)

@@ -17,6 +17,7 @@ from cmoe.strategies import Strategy
 from cmoe.streams import Experience, Split, Stream, evaluation_batches
 
 Load = dict[str, dict[int, int]]
+Routes = dict[str, Tensor]
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Evaluator:
         placement: where and in what precision.
         strategies: one of them may have its own decision rule.
         load: tokens per expert by experience, layer and expert id, of the last row.
+        routes: where the tokens of learned experiences went, by experience and layer, of the last row.
     """
 
     plan: Plan
@@ -38,6 +40,7 @@ class Evaluator:
     placement: Placement
     strategies: Sequence[Strategy]
     load: dict[int, Load] = field(default_factory=dict)
+    routes: dict[int, Routes] = field(default_factory=dict)
 
     def split(self, experience: Experience) -> Split:
         """The samples that rows are evaluated on."""
@@ -68,7 +71,7 @@ class Evaluator:
             seen: classes known so far.
             learned: experiences trained so far.
         """
-        self.load = {}
+        self.load, self.routes = {}, {}
         row = {}
         self.model.eval()
         for j in columns:
@@ -79,7 +82,7 @@ class Evaluator:
                 predictions = self._predict(experience, seen)
             row[j] = Column(**predictions.arrays)
             if j in learned:
-                self.load[j] = predictions.load
+                self.load[j], self.routes[j] = predictions.load, predictions.routes
         self.model.train()
         return row
 
@@ -107,19 +110,16 @@ class Evaluator:
         return Outputs(
             free=free,
             task=head.columns(experience.classes, experience.index),
-            report_free=mode != "task" and len(head) > 0,
+            report_free=mode != "task" and len(head) > 0 and not self.stream.many_labels,
             report_task=labelled and len(head) > 0,
         )
 
 
-def router_drift(before: Load, after: Load) -> float | None:
-    """Half the summed difference between two distributions of tokens over experts, mean over layers, in [0, 1]."""
-    distances = []
-    for layer, counts in before.items():
-        now = after.get(layer, {})
-        a, b = sum(counts.values()), sum(now.values())
-        if a and b:
-            distances.append(
-                0.5 * sum(abs(counts.get(e, 0) / a - now.get(e, 0) / b) for e in counts.keys() | now.keys())
-            )
-    return float(np.mean(distances)) if distances else None
+def router_drift(before: Routes, after: Routes) -> float | None:
+    """Share of an experience's tokens whose best expert is another one, mean over layers; None without any routing."""
+    changed = [
+        float((best != after[layer]).double().mean())
+        for layer, best in before.items()
+        if layer in after and len(best) and len(best) == len(after[layer])
+    ]
+    return float(np.mean(changed)) if changed else None

@@ -184,7 +184,8 @@ def _copy_plugins(restored: Restored, folder: Path, plugins: Sequence[str | Path
         entry = catalogue.find(kind, name)
         if entry.folder is not None:
             folder.mkdir(exist_ok=True)
-            shutil.copy(entry.path, folder / entry.path.name)
+            for path in (entry.path, *entry.folder.glob("_*.py")):  # with the helpers that it may import
+                shutil.copy(path, folder / path.name)
 
 
 def _replaceable(target: Path) -> bool:

@@ -30,7 +30,7 @@ def save_mlflow(restored: Restored, export: Path, target: Path) -> None:
     """
     with _quiet():
         import mlflow.pyfunc
-
+    with _quiet():  # again: the import sets log levels
         mlflow.pyfunc.save_model(
             path=str(target),
             python_model=str(SCRIPT),

@@ -182,7 +182,7 @@ def _arrays(path: Path, stream: Stream, note: Note, task: int) -> Samples:
         raise UserError(f"{path}: expected an array x (and y, where the classes are known), {has}")
     if unknown:
         note(f"{path}: only x and y are used, not {', '.join(unknown)}")
-    raw = _fitting(path, found["x"], stream, note, task)
+    raw = fitting(path, found["x"], stream, note, task)
     targets = None if "y" not in found else _targets(path, found["y"], len(raw), stream)
     return Samples([f"{path}[{i}]" for i in range(len(raw))], raw, targets)
 
@@ -200,7 +200,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: expected plain arrays saved with numpy.savez, {reason}") from error
 
 
-def _fitting(path: Path, x: np.ndarray, stream: Stream, note: Note, task: int) -> Tensor:
+def fitting(path: Path | str, x: np.ndarray, stream: Stream, note: Note, task: int) -> Tensor:
     """Samples in the stream's shape and type; one sample alone, and channels behind, are understood."""
     shape = _shape(stream)
     if x.dtype.kind not in "buif":
@@ -228,7 +228,7 @@ def _fitting(path: Path, x: np.ndarray, stream: Stream, note: Note, task: int) -
     return _pixels(path, x, stream, note, task)
 
 
-def _pixels(path: Path, x: np.ndarray, stream: Stream, note: Note, task: int) -> Tensor:
+def _pixels(path: Path | str, x: np.ndarray, stream: Stream, note: Note, task: int) -> Tensor:
     """Pixels for a stream that stores bytes; floats up to 1 are what the transform makes of bytes and stay so."""
     whole = x.dtype.kind in "bui" or (float(x.max()) > 1.0 and bool((x == np.round(x)).all()))
     if not whole:
@@ -244,7 +244,7 @@ def _pixels(path: Path, x: np.ndarray, stream: Stream, note: Note, task: int) ->
     return values
 
 
-def _tokens(path: Path, x: np.ndarray, stream: Stream) -> Tensor:
+def _tokens(path: Path | str, x: np.ndarray, stream: Stream) -> Tensor:
     if x.dtype.kind not in "ui":
         raise UserError(f"{path}: x: expected integer token ids, got {x.dtype}")
     assert stream.vocabulary is not None

@@ -41,7 +41,8 @@ class Progress:
         self.folder, self.plan, self.stream, self.environment = folder, plan, stream, environment
         self.last_loss: float | None = None
         tracking = plan.tracking
-        location = locate(tracking["root"], tracking["uri"]) if tracking["enabled"] else None
+        recorded = folder.facts().get("server")
+        location = locate(tracking["root"], tracking["uri"], recorded) if tracking["enabled"] else None
         self.tracker = Tracker(
             folder.path, folder.id, plan.experiment, location, **({"on_problem": note} if note else {})
         )

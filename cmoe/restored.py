@@ -264,7 +264,7 @@ def _context(restored: Restored, build: Any) -> Context:
 
 def unchecked(config: dict[str, Any]) -> Plan:
     """The plan of a resolved configuration, taken at its word: the components of training need not be here."""
-    sections = {n: config[n] for n in Plan.__dataclass_fields__ if n not in ("run", "sources", "plugins")}
+    sections = {n: config[n] for n in Plan.__dataclass_fields__ if n not in ("run", "code", "sources", "plugins")}
     run = {k: config[k] for k in ("experiment", "seed", "label")}
     return Plan(run=run, plugins=list(config.get("plugins", [])), **sections)
 

@@ -111,6 +111,23 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:60] or "run"
 
 
+def writable(root: Path) -> None:
+    """Make the folder of run output.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        (root / RUNS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(root, error) from error
+
+
+def _refused(root: Path, error: OSError) -> UserError:
+    reason = f"'{root}' ({error.strerror or error})"
+    return UserError(f"tracking.root: expected a folder that can be written, got {reason}")
+
+
 def create(root: Path, experiment: str, label: str, seed: int, config_hash: str) -> RunFolder:
     """A new folder for a run; a second run of the same configuration gets a number of its own.
 
@@ -119,8 +136,8 @@ def create(root: Path, experiment: str, label: str, seed: int, config_hash: str)
     """
     base = f"{slug(experiment)}-{slug(label)}-s{seed}-{config_hash[:6]}"
     number = 1
+    writable(root)
     try:
-        (root / RUNS).mkdir(parents=True, exist_ok=True)
         while True:
             path = root / RUNS / (base if number == 1 else f"{base}-{number}")
             try:
@@ -130,8 +147,7 @@ def create(root: Path, experiment: str, label: str, seed: int, config_hash: str)
                 continue
             return RunFolder(path)
     except OSError as error:
-        reason = f"'{root}' ({error.strerror or error})"
-        raise UserError(f"tracking.root: expected a folder that can be written, got {reason}") from error
+        raise _refused(root, error) from error
 
 
 def runs(root: Path) -> list[RunFolder]:

@@ -7,6 +7,7 @@ bits_per_byte and accuracy. Nothing of cmoe imports this file.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlflow.models import set_model
 
 from cmoe.errors import UserError
 from cmoe.export import load
-from cmoe.predict import encode
+from cmoe.predict import encode, fitting
 
 
 def _rows(restored, raw: torch.Tensor, task: int | None) -> list[dict[str, Any]]:
@@ -40,11 +41,8 @@ def _texts(restored, texts: list[str], task: int | None) -> list[dict[str, Any]]
 
 
 def _arrays(restored, values, task: int | None) -> list[dict[str, Any]]:
-    like = restored.raw_like(0)
-    x = np.asarray(values)
-    if x.shape[1:] != like.shape[1:]:
-        raise UserError(f"inputs: expected shape (N, {', '.join(map(str, like.shape[1:]))}), got {x.shape}")
-    return _rows(restored, torch.tensor(x).to(like.dtype), task)
+    raw = fitting("inputs", np.asarray(values), restored.stream, logging.getLogger("cmoe").warning, task or 0)
+    return _rows(restored, raw, task)
 
 
 class Served(mlflow.pyfunc.PythonModel):

@@ -16,7 +16,7 @@ from cmoe.assembly import component, make_model, make_objective, make_stream, se
 from cmoe.config.plan import Plan
 from cmoe.environment import environment
 from cmoe.errors import RunFailed, UserError, one_line
-from cmoe.evaluation import Evaluator, Load, router_drift
+from cmoe.evaluation import Evaluator, Load, Routes, router_drift
 from cmoe.fit import Placement, fit
 from cmoe.inputs import describe
 from cmoe.learners import Learner, Model
@@ -86,6 +86,8 @@ class Session:
         self.position = Position()
         self.carried: dict[str, dict[str, Any]] = {}
         self.loads: dict[int, dict[int, Load]] = {}
+        self.routes: dict[int, Routes] = {}  # of the last row
+        self.drift: float | None = None
         self.saved = 0
         self.earlier_seconds = 0.0
         self.optimizer: torch.optim.Optimizer | None = None
@@ -187,7 +189,10 @@ class Session:
         return wanted
 
     def _segments(self) -> list[Segment]:
-        limit = self.plan.stream["limit"] or len(self.stream.experiences)
+        have = len(self.stream.experiences)
+        limit = self.plan.stream["limit"] or have
+        if limit > have:
+            raise UserError(f"stream.limit: expected at most {have}, all experiences of the stream (0), got {limit}")
         groups = [tuple(e for e in group if e < limit) for group in self.stream.segments]
         segments = [Segment(i, group) for i, group in enumerate(g for g in groups if g)]
         for strategy in self.strategies:
@@ -311,6 +316,7 @@ class Session:
     def evaluate(self, segment: Segment) -> None:
         """The segment's row of the matrix."""
         self.train_seconds = time.monotonic() - self.segment_seconds
+        self.drift = None
         last = segment.number == len(self.segments) - 1
         if not last and (segment.number + 1) % self.plan.evaluation["every"]:
             return
@@ -319,30 +325,24 @@ class Session:
         self.record.add_row(segment.last, self.evaluator.row(columns, self.context.seen, learned))
         self.record.save_row(self.folder.rows, segment.last)
         self.loads[segment.last] = self.evaluator.load
+        now = self.evaluator.routes
+        moved = [router_drift(self.routes[j], now[j]) for j in self.routes if j in now]
+        known = [m for m in moved if m is not None]
+        self.drift = sum(known) / len(known) if known else None
+        self.routes = now
 
     def end(self, segment: Segment) -> None:
         """Track the row and save the exact state."""
         facts = {k: v for s in self.strategies for k, v in s.facts().items()}
         facts["time/train_seconds"] = self.train_seconds
-        drift = self._drift(segment)
-        if drift is not None:
-            facts["router/drift"] = drift
+        if self.drift is not None:
+            facts["router/drift"] = self.drift
         values = self.progress.row(segment.last, self.record, facts, self._unseen_masked())
         self.reporter.row(segment.last, values)
         del self.segment_seconds
         self.position = Position(segment.number + 1)
         if self.native is None:
             self.save()
-
-    def _drift(self, segment: Segment) -> float | None:
-        """How far the routing of old experiences moved since the row before, mean over them."""
-        rows = sorted(self.loads)
-        if len(rows) < 2 or rows[-1] != segment.last:
-            return None
-        before, after = self.loads[rows[-2]], self.loads[rows[-1]]
-        moved = [router_drift(before[j], after[j]) for j in before if j in after]
-        known = [m for m in moved if m is not None]
-        return sum(known) / len(known) if known else None
 
     def _unseen_masked(self) -> bool:
         return self.plan.model["eval_outputs"] == "seen" or self.model.head.kind == "growing"

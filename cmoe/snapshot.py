@@ -55,6 +55,7 @@ def take(session: Session, inside: bool, wal: int) -> dict[str, Any]:
         "rows": session.position.segment and session.segments[session.position.segment - 1].last + 1,
         "timeline": session.timeline.to_list(),
         "loads": session.loads,
+        "routes": session.routes,
         "steps": session.learner.steps,
         "phase_steps": session.learner.phase_steps,
         "seconds": session.earlier_seconds + time.monotonic() - session.started,
@@ -91,6 +92,7 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     session.record.save_targets(session.folder.rows)
     session.timeline.events = state["timeline"]
     session.loads = state["loads"]
+    session.routes = state.get("routes", {})
     session.carried = state["carried"]
     session.learner.steps = state["steps"]
     session.saved = state["number"]

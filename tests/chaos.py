@@ -167,7 +167,7 @@ COMMON: dict[str, Any] = {"trainer": {"chunk": 3, "log_every": 5}, "checkpoint":
 
 # what of a checkpoint must be equal; `wal`, `number`, `seconds` depend on when checkpoints were written
 EXACT = ("position", "seen", "previous", "structure", "model", "optimizer", "carried", "strategies", "generators",
-         "rows", "timeline", "loads", "steps", "phase_steps", "data")  # fmt: skip
+         "rows", "timeline", "loads", "routes", "steps", "phase_steps", "data")  # fmt: skip
 
 
 # -- when to kill -------------------------------------------------------------------------------------------------

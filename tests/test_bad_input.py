@@ -130,6 +130,14 @@ CONFIGS: dict[str, Case] = {
     "native option": over(
         "strategy={name: avalanche, strategy: Replay, options: {mem: 3}}", "trainer.max_steps=0",
         said=("avalanche.options.mem", "did you mean 'mem_size'")),
+    "no name": over("experiment=''", said=("experiment", "a name")),
+    "unknown tracking": over("tracking.uri=ftp://x", said=("tracking.uri", "http", "ftp://x")),
+    "more experiences than there are": over("stream.limit=99", said=("stream.limit", "at most 5", "99")),
+    "more memory than there is": over("model.hidden=[99999999999]", said=("model", "memory")),
+    "restricted without a label": over(
+        "model.moe={router: {name: topk, restrict: task}}", said=("model.moe.router", "needs no task label")),
+    "boundaries online": over("stream.scenario=online", "strategy=lwf", said=("strategy.0", "boundaries")),
+    "output where none can be": over("tracking={enabled: true, root: /proc/none}", said=("tracking.root", "folder")),
     "native option of another type": over(
         "strategy={name: avalanche, strategy: Replay, options: {mem_size: many}}", "trainer.max_steps=0", said=("avalanche.options.mem_size", "int", "many")),
     "native option that is missing": over(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from cmoe.backbones.transformer import blocks, embed
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
 from cmoe.moe import RouteContext
+
+PADDING = 256  # the token that fills up the end of a text
 
 
 class ByteLM(Backbone):
@@ -54,6 +57,9 @@ class ByteLM(Backbone):
 
     def forward(self, x: Tensor, context: RouteContext) -> Features:
         h, routings = embed(x, self.bytes, self.positions), {}
+        valid = x != PADDING
+        if not valid.all():  # the end of a text: padding is no token to a router
+            context = replace(context, valid=valid)
         for i, block in enumerate(self.blocks):
             h, routing = block(h, True, context)
             if routing is not None:

@@ -39,11 +39,12 @@ class MLP(Backbone):
         sizes = [100, 100] if hidden is None else hidden
         self.width = sizes[-1] if sizes else math.prod(input_shape)
         chosen = select(experts, len(sizes))
+        draw = "xavier" if init == "xavier" else "uniform"  # experts as the layers that they stand for
         self.layers = nn.ModuleList()
         before = math.prod(input_shape)
         for i, size in enumerate(sizes):
             if experts is not None and i in chosen:
-                self.layers.append(experts.layer(before, size, size, default="linear", activation="relu"))
+                self.layers.append(experts.layer(before, size, size, default="linear", activation="relu", init=draw))
             else:
                 self.layers.append(nn.Linear(before, size))
             before = size

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cmoe.cli.common import DONE, Parser, catalogue, emit
 from cmoe.errors import UserError
+from cmoe.plugins.builtin import KINDS, an
 
 PLUGIN = '''"""{title}: say here what the data is and where it comes from."""
 
@@ -113,8 +114,10 @@ def main(args: argparse.Namespace) -> int:
     for path in (plugin, test):
         if path.exists():
             raise UserError(f"new-task: expected a new name, '{path}' is there already")
-    if name in catalogue(args).entries("task"):
-        raise UserError(f"new-task: expected a new name, there is a task '{name}' already")
+    known = catalogue(args)
+    for kind in KINDS:
+        if name in known.entries(kind):  # `cmoe show NAME` tells components by their names alone
+            raise UserError(f"new-task: expected a new name, there is {an(kind)} '{name}' already")
     words = {"name": name, "cls": class_name(name), "title": name.replace("_", " ").capitalize(), "test": str(test)}
     for path, text in ((plugin, PLUGIN), (test, TEST)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,10 +57,18 @@ def hold_against(published: dict[str, Any], jobs: list[Any]) -> list[dict[str, A
 
     tolerance, rows = float(published.get("tolerance", 3.0)), []
     for label, cells in published["rows"].items():
-        done = [j for j in jobs if j.plan.label == label and j.facts]
+        asked = [j for j in jobs if j.plan.label == label]
+        done = [j for j in asked if j.facts]
         for metric, theirs in cells.items():
             values = [100 * j.facts["metrics"][metric] for j in done if j.facts["metrics"].get(metric) is not None]
-            if not values:
+            if not asked:  # left out by --only
+                continue
+            if not values:  # it failed, or has no such metric: a cell that is not reproduced
+                empty = dict.fromkeys(("ours", "std", "standard_error", "difference"))
+                within = None if theirs is None else False
+                rows.append(
+                    {"row": label, "metric": metric, **empty, "seeds": [], "published": theirs, "within": within}
+                )
                 continue
             ours = summarise(values)
             error = ours.std / len(values) ** 0.5 if ours.std is not None else 0.0
@@ -91,7 +99,7 @@ def render(rows: list[dict[str, Any]]) -> str:
                 r["row"],
                 r["metric"],
                 str(len(r["seeds"])),
-                f"{r['ours']:.2f}{spread}",
+                "–" if r["ours"] is None else f"{r['ours']:.2f}{spread}",
                 "–" if r["published"] is None else f"{r['published']:.2f}",
                 "–" if r["difference"] is None else f"{r['difference']:+.2f}",
                 {True: "yes", False: "NO", None: "–"}[r["within"]],

@@ -12,7 +12,6 @@ from cmoe.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from cmoe.rundir import RunFolder
-    from cmoe.tracking.store import Location
 
 
 def add_arguments(parser: Parser) -> None:
@@ -22,6 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from cmoe.api import server_of
     from cmoe.rundir import find, runs
 
     root = Path(args.root)
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"no runs in {root}; start one with: cmoe run quickstart")
     rows, refused, waiting = [], {}, []
     for folder in {f.path.resolve(): f for f in chosen}.values():
-        location = _location(folder, args.uri)
+        location = server_of(folder, args.uri)
         row = {"run": folder.id, "server": location and location.name, "delivered_bytes": 0}
         if location is not None and location.name in refused:
             waiting.append(folder.id)  # one that does not answer is asked once
@@ -50,16 +50,6 @@ def main(args: argparse.Namespace) -> int:
         named = f"run {waiting[0]} waits" if len(waiting) == 1 else f"{len(waiting)} runs wait"
         raise RunFailed(f"{where} cannot be reached, {named} with nothing lost; call `cmoe sync` again ({reason})")
     return DONE
-
-
-def _location(folder: RunFolder, uri: str | None) -> Location | None:
-    """Where the run's tracking goes; None where the run wants none."""
-    from cmoe.tracking.store import locate
-
-    tracking = folder.facts().get("config", {}).get("tracking", {})
-    if not tracking.get("enabled", True) and uri is None:
-        return None
-    return locate(folder.path.resolve().parents[1], uri or tracking.get("uri"))
 
 
 def _deliver(folder: RunFolder, uri: str | None) -> int:

@@ -34,13 +34,16 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from cmoe.api import server_of
+    from cmoe.rundir import runs
     from cmoe.tracking.store import locate
 
     if not 1 <= args.port <= 65535:
         raise UserError(f"--port: expected an integer in [1, 65535], got {args.port}")
     root = Path(args.root)
-    location = locate(root)
     name, others, group = _experiment(root, args.experiment)
+    newest = [r for r in runs(root) if r.facts().get("experiment") == name][-1:]
+    location = (server_of(newest[0]) if newest else None) or locate(root)
     if not location.local and location.uri.startswith(("http://", "https://")):
         return _elsewhere(args, location, name, group)
     if location.local and not (root / "mlflow.db").exists():

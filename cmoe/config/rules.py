@@ -15,6 +15,9 @@ from cmoe.config.plan import Plan
 from cmoe.config.where import Where
 from cmoe.plugins import Entry
 
+# what MLflow's client takes
+TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+
 # scenarios in which a sample comes with its task label when it is predicted
 LABELLED = ("task", "joint")
 
@@ -36,6 +39,18 @@ class View:
     def attribute(self, key: str, name: str, default: Any = None) -> Any:
         """What the component at `key` declares; `default` where there is none."""
         return self.entries[key].attribute(name, default) if key in self.entries else default
+
+    def needs(self, key: str) -> set[str]:
+        """What the component at `key` needs with the options that it has here."""
+        found = set(self.attribute(key, "needs", ()))
+        options: Any = self.plan.to_dict()
+        for part in key.split("."):
+            options = options[int(part)] if part.isdecimal() else options.get(part)
+            if options is None:
+                return found
+        for option, by_value in self.attribute(key, "needs_with", {}).items():
+            found |= set(by_value.get(options.get(option), ()))
+        return found
 
     def strategies(self) -> list[tuple[str, str]]:
         """Full key and name of each strategy."""
@@ -134,9 +149,9 @@ def causal_router(view: View) -> None:
 
 
 def label_for_router(view: View) -> None:
-    needs = view.attribute("model.moe.router", "needs", ())
+    needs = view.needs("model.moe.router")
     scenario = view.plan.stream.get("scenario")
-    if {"task", "task_label"} & set(needs) and scenario is not None and scenario not in LABELLED:
+    if {"task", "task_label"} & needs and scenario is not None and scenario not in LABELLED:
         router = view.plan.model["moe"]["router"]["name"]
         view.refuse(
             "model.moe.router",
@@ -148,7 +163,7 @@ def label_for_router(view: View) -> None:
 def label_for_strategy(view: View) -> None:
     scenario = view.plan.stream.get("scenario")
     for key, name in view.strategies():
-        needs = set(view.attribute(key, "needs", ()))
+        needs = view.needs(key)
         if {"task", "task_label"} & needs and scenario is not None and scenario not in LABELLED:
             view.refuse(
                 key, f"a strategy that needs no task label in scenario '{scenario}'", f"'{name}', which needs it"
@@ -170,7 +185,7 @@ def boundaries_for_strategy(view: View) -> None:
 
 def experts_for_strategy(view: View) -> None:
     for key, name in view.strategies():
-        wanted = name == "expand" or "moe" in view.attribute(key, "needs", ())
+        wanted = name == "expand" or "moe" in view.needs(key)
         if wanted and view.plan.model["moe"] is None:
             view.refuse(
                 "model.moe", f"experts, which strategy '{name}' works on (such as `moe: {{experts: 4}}`)", "none"
@@ -184,7 +199,7 @@ def isolated_head_is_apart(view: View) -> None:
         i = int(key.partition(".")[2])
         isolate = view.plan.strategy[i].get("isolate")
         if isolate is None:
-            isolate = "task" in view.attribute("model.moe.router", "needs", ())
+            isolate = "task" in view.needs("model.moe.router")
         head = view.plan.model["head"]
         if head == "auto":
             head = "multi" if view.plan.stream.get("scenario") == "task" else "shared"
@@ -221,6 +236,17 @@ def whole_vocabulary(view: View) -> None:
 def online_is_one_pass(view: View) -> None:
     if view.plan.stream.get("scenario") == "online" and view.plan.trainer["epochs"] != 1:
         view.refuse("trainer.epochs", "1 in the online scenario, which is one pass", str(view.plan.trainer["epochs"]))
+
+
+def experiment_has_name(view: View) -> None:
+    if not view.plan.experiment.strip():
+        view.refuse("experiment", "a name", repr(view.plan.experiment))
+
+
+def tracking_is_known(view: View) -> None:
+    uri = view.plan.tracking["uri"]
+    if uri and uri.partition(":")[0].partition("+")[0] not in TRACKING:
+        view.refuse("tracking.uri", f"an address that begins with {', '.join(TRACKING)}", f"'{uri}'")
 
 
 def one_device(view: View) -> None:
@@ -279,6 +305,8 @@ RULES: tuple[Callable[[View], None], ...] = (
     task_outputs_have_label,
     whole_vocabulary,
     online_is_one_pass,
+    experiment_has_name,
+    tracking_is_known,
     one_device,
     threads_of_machine,
     one_clipping,

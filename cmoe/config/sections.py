@@ -35,7 +35,8 @@ class Model:
     Options:
         name: the backbone (`cmoe list backbones`).
         head: 'shared' (all outputs from the start), 'multi' (one head per task label), 'growing' (outputs added as
-            classes arrive); 'auto' is 'multi' in the task scenario and 'shared' elsewhere.
+            classes arrive); 'auto' is 'multi' in the task scenario and for tasks on the same samples
+            (`digit_attributes`), 'shared' elsewhere.
         train_outputs: outputs that the training loss sees: 'all', those of classes 'seen' so far, or of the 'current'
             experience.
         eval_outputs: outputs that a prediction without task label chooses from: 'all', 'seen', or 'task' (only

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cmoe.learners.model import Model
 from cmoe.learners.objective import PADDING
-from cmoe.moe import RouteContext
+from cmoe.moe import RouteContext, Routing
 
 Predict = Callable[[Tensor, int | None], Tensor | None]
+ROUTES = 2048  # tokens of an experience whose routes are compared from row to row; they lie in every checkpoint
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -27,10 +28,12 @@ class Predictions:
             (chosen among the task's classes); −1 where there is no such prediction. For language `nll` (nats),
             `correct`, `tokens`, each one a sequence.
         load: how many tokens went to each expert, by layer and expert id.
+        routes: by layer, the expert with the highest weight of each of the first `ROUTES` tokens (int16, −1: none).
     """
 
     arrays: dict[str, np.ndarray]
     load: dict[str, dict[int, int]] = field(default_factory=dict)
+    routes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def classify(
     classes = model.head.unit_classes()
     needs_task = model.needs_task()
     parts: dict[str, list[Tensor]] = {"pred": [], "confidence": [], "task_pred": [], "task_confidence": []}
-    load: dict[str, dict[int, int]] = {}
+    traffic = Traffic()
     with torch.inference_mode():
         for x, _ in batches:
             x = x.to(device)
@@ -74,7 +77,7 @@ def classify(
             without = predict(x, None) if predict else None
             if with_task is None:
                 output = model(x, RouteContext(task=task))
-                count_load(output.routings, load)
+                traffic.add(output.routings)
                 with_task = output.logits
                 if predict is None and not needs_task:
                     without = with_task  # nothing that looks at the label: one forward serves both
@@ -84,7 +87,7 @@ def classify(
     for prefix in ("", "task_"):
         if (arrays[f"{prefix}pred"] < 0).all():  # no such prediction exists here
             del arrays[f"{prefix}pred"], arrays[f"{prefix}confidence"]
-    return Predictions(arrays, load)
+    return Predictions(arrays, traffic.load, traffic.routes)
 
 
 def _choose(
@@ -123,7 +126,7 @@ def model_language(
         device: where the model is.
     """
     parts: dict[str, list[Tensor]] = {"nll": [], "correct": [], "tokens": []}
-    load: dict[str, dict[int, int]] = {}
+    traffic = Traffic()
     tasks = model.head.block_tasks
     block = tasks.index(task) if task in tasks else 0
     with torch.inference_mode():
@@ -132,7 +135,7 @@ def model_language(
             logits = predict(x, task) if predict else None
             if logits is None:
                 output = model(x, RouteContext(task=task))
-                count_load(output.routings, load)
+                traffic.add(output.routings)
                 logits = output.logits
             if len(tasks) > 1:
                 logits = logits[..., block * 256 : (block + 1) * 256]
@@ -142,13 +145,34 @@ def model_language(
             parts["correct"].append(((logits.argmax(-1) == y) & valid).sum(1).int().cpu())
             parts["tokens"].append(valid.sum(1).int().cpu())
     kinds = {"nll": np.float32, "correct": np.int32, "tokens": np.int32}
-    return Predictions({k: torch.cat(v).numpy() if v else np.zeros(0, kinds[k]) for k, v in parts.items()}, load)
+    return Predictions(
+        {k: torch.cat(v).numpy() if v else np.zeros(0, kinds[k]) for k, v in parts.items()},
+        traffic.load,
+        traffic.routes,
+    )
 
 
-def count_load(routings: dict, load: dict[str, dict[int, int]]) -> None:
-    """Add each layer's tokens per expert to `load`."""
-    for name, routing in routings.items():
-        counts = load.setdefault(name, {})
-        ids, number = routing.ids[routing.ids >= 0].unique(return_counts=True)
-        for expert, n in zip(ids.tolist(), number.tolist(), strict=True):
-            counts[expert] = counts.get(expert, 0) + n
+class Traffic:
+    """What the routings of an experience's batches come to: `load` and `routes` of `Predictions`."""
+
+    def __init__(self) -> None:
+        self.load: dict[str, dict[int, int]] = {}
+        self._routes: dict[str, list[Tensor]] = {}
+
+    def add(self, routings: dict[str, Routing]) -> None:
+        """Take in a batch."""
+        for name, routing in routings.items():
+            counts = self.load.setdefault(name, {})
+            ids, number = routing.ids[routing.ids >= 0].unique(return_counts=True)
+            for expert, n in zip(ids.tolist(), number.tolist(), strict=True):
+                counts[expert] = counts.get(expert, 0) + n
+            kept = self._routes.setdefault(name, [])
+            room = ROUTES - sum(map(len, kept))
+            if room > 0:
+                best = routing.weights[:room].argmax(1, keepdim=True)
+                kept.append(routing.ids[:room].gather(1, best).squeeze(1).to(torch.int16).cpu())
+
+    @property
+    def routes(self) -> dict[str, Tensor]:
+        """By layer, the first tokens' best experts."""
+        return {name: torch.cat(parts) for name, parts in self._routes.items()}

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmoe.backbones.byte_lm import PADDING
 from cmoe.learners.batch import Batch, per_sample
 from cmoe.learners.head import Head
-
-PADDING = 256  # the byte streams' padding token; predicting it counts for nothing
 
 
 class Classification:

@@ -61,7 +61,7 @@ class Step:
         gamma: factor at each milestone.
     """
 
-    milestones: tuple[float, ...] = (0.5, 0.75)
+    milestones: tuple[Probability, ...] = (0.5, 0.75)
     gamma: Probability = 0.1
 
     def factor(self, step: int, steps: int) -> float:

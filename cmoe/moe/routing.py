@@ -156,6 +156,7 @@ class Router(nn.Module):
         exact_k: every valid token gets the same number of experts.
         isolatable: given the experts that a task may see, its routing does not depend on any other expert.
         needs: names of the `RouteContext` fields that must be given.
+        needs_with: option -> its value -> further such names, for needs that an option brings.
         columns: cohort key -> module whose parameters have one row per expert of that cohort.
     """
 
@@ -165,6 +166,7 @@ class Router(nn.Module):
     exact_k: ClassVar[bool] = False
     isolatable: ClassVar[bool] = False
     needs: frozenset[str] = frozenset()
+    needs_with: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
 
     def __init__(self, dim: int) -> None:
         super().__init__()

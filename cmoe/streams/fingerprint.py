@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,18 @@ class _Hash:
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
                 self.add(str(key), value[key])
+        elif isinstance(value, np.ndarray):
+            if value.dtype.kind in "biuf":
+                self._tensor(torch.from_numpy(np.ascontiguousarray(value)))
+            else:
+                self.add("array", value.tolist())
         elif value is None or isinstance(value, (bool, int, float, str)):
             self.sha.update(repr(value).encode())
-        else:  # a transform or another small object: its class and its public state
+        else:  # a transform or another small object: its class and its state
             self.sha.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
-            state = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
-            self.add("state", state)
+            ours = type(value).__module__.startswith("cmoe.")  # whose private state is cached results
+            state = getattr(value, "__dict__", {})
+            self.add("state", {k: v for k, v in state.items() if not (ours and k.startswith("_"))})
 
     def _tensor(self, value: Tensor) -> None:
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)

@@ -34,7 +34,7 @@ def open_stream(spec: Mapping[str, Any], task: type[Any], data: DataFolder, seed
     """
     name = str(spec.get("name", task.__name__))
     try:
-        with global_rng_kept():
+        with global_rng_kept(seed):
             plugin: Task = task(**{k: v for k, v in spec.items() if k != "name"})
             check_scenario(plugin)
             benchmark = plugin.benchmark(data, seed)

@@ -23,13 +23,20 @@ def generator(*keys: int | str) -> torch.Generator:
 
 
 @contextmanager
-def global_rng_kept() -> Generator[None]:
-    """Put torch's, numpy's and Python's global generators back as they were: Avalanche reseeds them."""
+def global_rng_kept(seed: int) -> Generator[None]:
+    """Torch's, numpy's and Python's global generators seeded inside, and put back as they were afterwards.
+
+    A plugin may draw from them and gets the same numbers for the same seed; Avalanche reseeds them.
+    """
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is what is kept
     # naming no device keeps CUDA asleep when nobody woke it
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
+            own = derive(seed, "stream")
+            random.seed(own)
+            np.random.seed(own)  # noqa: NPY002
+            torch.manual_seed(own)
             yield
     finally:
         random.setstate(python)

@@ -125,6 +125,15 @@ class Stream:
         """Whether the tokens are their own targets."""
         return self.experiences[0].train.y is None
 
+    @property
+    def many_labels(self) -> bool:
+        """Whether every sample has a label in each experience (attributes): only the task label tells which is meant."""
+        first, *others = self.experiences
+        return bool(others) and all(
+            e.classes != first.classes and e.test.x is first.test.x and torch.equal(e.test.index, first.test.index)
+            for e in others
+        )
+
 
 def model_input(split: Split, experience: int, transform: BatchTransform) -> tuple[int, ...]:
     """Shape of one sample as the model gets it."""

@@ -56,10 +56,10 @@ class Location:
         return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def locate(root: str | Path = "mlruns", uri: str | None = None) -> Location:
-    """`uri`, else `$MLFLOW_TRACKING_URI`, else SQLite under `root`."""
+def locate(root: str | Path = "mlruns", uri: str | None = None, recorded: str | None = None) -> Location:
+    """`uri`, else `$MLFLOW_TRACKING_URI`, else where the run was `recorded` to go, else SQLite under `root`."""
     root = Path(root).absolute()
-    given = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    given = uri or os.environ.get("MLFLOW_TRACKING_URI") or recorded
     own = f"sqlite:///{root / 'mlflow.db'}"
     return Location(root, given or own, given is None or given == own)
 

@@ -34,8 +34,9 @@ def spooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(spooled: Path, tmp_path: Path) -> Path:
+def root(spooled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(spooled, tmp_path / "mlruns")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlruns/mlflow.db")
     return tmp_path / "mlruns"
 
 
@@ -92,12 +93,13 @@ def test_named_runs_only(root: Path, capsys: Any) -> None:
 
 
 def test_a_server_that_does_not_answer(root: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    here = f"sqlite:///{root}/mlflow.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # each run knows where it was to go
     out, err = sync(capsys, root, code=1)
     assert len(err.splitlines()) == 1
     assert err.startswith(f"cmoe: {DEAD} cannot be reached, 2 runs wait with nothing lost")
     assert out.count(f"waits for {DEAD}") == 2
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", here)
     sync(capsys, root)
     assert len(delivered(root)) == 2
 

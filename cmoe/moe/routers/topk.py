@@ -51,6 +51,7 @@ class TopK(Router):
     causal: ClassVar[bool] = True
     permutation_equivariant: ClassVar[bool] = True  # noise aside, which is drawn per position
     exact_k: ClassVar[bool] = True
+    needs_with: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {"restrict": {"task": ("task",)}}
     isolatable: ClassVar[bool] = True  # with `restrict: task`, or with a context that says what is visible
 
     def __init__(
