@@ -8,17 +8,19 @@ from typing import Any
 
 from cmoe.cli.common import table
 
-PERCENT = ("class_il", "task_il", "next_byte_accuracy")
-
 
 def show_runs(facts: Sequence[dict[str, Any]], root: str | Path) -> None:
     """The matrix of each run, then (of several) the comparison, and where everything is."""
     from rich.console import Console
 
+    from cmoe.tracking.compare import HEADLINES
+
     console = Console(highlight=False, soft_wrap=True)
+    several = len(facts) > 1
+    shared = next((v for v, m in HEADLINES.items() if all(f"{v}/{m[0]}" in _known(run) for run in facts)), None)
     for run in facts:
-        _matrices(console, run, Path(root), only_first=len(facts) > 1)
-    if len(facts) > 1:
+        _matrices(console, run, Path(root), shared if several else None, several)
+    if several:
         document, picture, report = write_comparison(facts[0]["experiment"], Path(root))
         show_comparison(document, picture, report)
     else:
@@ -28,17 +30,24 @@ def show_runs(facts: Sequence[dict[str, Any]], root: str | Path) -> None:
     print(f"MLflow:  cmoe ui {facts[0]['experiment']}")
 
 
-def _matrices(console: Any, run: dict[str, Any], root: Path, only_first: bool) -> None:
-    """A table for each view: rows trained, columns tested."""
+def _known(run: dict[str, Any]) -> set[str]:
+    return {name for name, value in run.get("metrics", {}).items() if value is not None}
+
+
+def _matrices(console: Any, run: dict[str, Any], root: Path, shared: str | None, several: bool) -> None:
+    """A table for each view: rows trained, columns tested; of several runs one view, which all have if there is one."""
     from rich.table import Table
 
+    from cmoe.tracking.compare import PERCENT
     from cmoe.tracking.summary import read_run
 
     summary = read_run(root / "runs" / run["run_id"])
     if summary is None:
         return
     views = list(summary.matrices.items())
-    for name, view in views[:1] if only_first else views:
+    if several:
+        views = [(n, v) for n, v in views if n == shared] or views[:1]
+    for name, view in views:
         percent = name in PERCENT
         unit = "%" if percent else "bits per byte"
         table = Table(title=f"{run['label']}: {name} after each experience ({unit})", title_justify="left")
@@ -85,7 +94,8 @@ def show_comparison(document: dict[str, Any], picture: Path, report: Path) -> No
         )
         if label != document["baseline"]:
             differences.append([label, *(difference(c, n) for c, n in zip(cells, names, strict=True))])
-    print(f"\n{document['experiment']}: mean over seeds ± half the 95 % interval")
+    most = max(map(len, document["seeds"].values()))
+    print(f"\n{document['experiment']}: {'mean over seeds ± half the 95 % interval' if most > 1 else 'one seed'}")
     print(table(rows, indent="  "))
     if len(differences) > 1:
         print(f"\ndifference to {document['baseline']}, paired over seeds")

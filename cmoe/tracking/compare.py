@@ -138,6 +138,18 @@ def difference(cell: dict[str, Any], name: str) -> str:
     return text if paired is None or paired["n"] == cell["n"] else f"{text} (n={paired['n']})"
 
 
+def main_view(result: dict[str, Any]) -> str:
+    """The first view in which every label has a score, else the first that any label has one in.
+
+    Raises:
+        StopIteration: there is none.
+    """
+    scores = {view: result["metrics"].get(f"{view}/{metrics[0]}") for view, metrics in HEADLINES.items()}
+    known = {view: cells for view, cells in scores.items() if cells}
+    everywhere = (v for v, cells in known.items() if all(c["mean"] is not None for c in cells.values()))
+    return next(everywhere, None) or next(iter(known))
+
+
 def picture(runs: Sequence[RunSummary], result: dict[str, Any], view: str | None = None) -> Figure:
     """Bars of score and forgetting, and the mean over seen experiences, for one view (default: the first there is)."""
     from cmoe.tracking.figures import comparison
@@ -146,7 +158,7 @@ def picture(runs: Sequence[RunSummary], result: dict[str, Any], view: str | None
     there = [v for v in HEADLINES if any(f"{v}/{m}" in result["metrics"] for m in HEADLINES[v])]
     if not there:
         raise UserError(f"{result['experiment']}: none of its runs has an evaluated matrix, there is nothing to draw")
-    chosen = view or there[0]
+    chosen = view or main_view(result)
     what, unit = UNITS[chosen]
     scale = 100.0 if unit == "%" else 1.0
     bars = []
@@ -165,7 +177,8 @@ def picture(runs: Sequence[RunSummary], result: dict[str, Any], view: str | None
             names = names if len(names) >= len(run.names) else run.names
     counts = sorted(len(s) for s in result["seeds"].values())
     seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]}–{counts[-1]}"
-    sub = f"{result['experiment']} · {seeds} seed{'s' if seeds != '1' else ''} · bars: 95 % interval"
+    interval = "s · bars: 95 % interval" if seeds != "1" else ""
+    sub = f"{result['experiment']} · {seeds} seed{interval}"
     return comparison(bars, curves, names, unit, "Mean over the experiences seen so far", sub)
 
 
