@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from cmoe.errors import UserError, first_line, nearest
@@ -26,6 +27,9 @@ def create(name: str, key: str, pretrained: bool, **options: Any) -> Any:
 
     if not timm.is_model(name):
         raise UserError(f"{key}: expected a model of timm, got '{name}'{nearest(name, timm.list_models())}")
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it announces each retry; that the weights cannot be had is said once, here
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except (OSError, RuntimeError) as error:
@@ -34,3 +38,5 @@ def create(name: str, key: str, pretrained: bool, **options: Any) -> Any:
         raise
     except TypeError as error:
         raise UserError(f"{key}: '{name}' does not take these options ({error})") from error
+    finally:
+        hub.setLevel(level)
