@@ -136,6 +136,10 @@ CONFIGS: dict[str, Case] = {
     "more memory than there is": over("model.hidden=[99999999999]", said=("model", "memory")),
     "restricted without a label": over(
         "model.moe={router: {name: topk, restrict: task}}", said=("model.moe.router", "needs no task label")),
+    "hash without words": over("model.moe={router: hash}", said=("model.moe.router", "hash", "token_ids")),
+    "capacity by weight in a decoder": over(
+        "stream=text_domains", "model={name: byte_lm, moe: {router: {name: topk, capacity: 1, drop: weight}}}",
+        said=("model.moe.router", "causal")),
     "boundaries online": over("stream.scenario=online", "strategy=lwf", said=("strategy.0", "boundaries")),
     "output where none can be": over("tracking={enabled: true, root: /proc/none}", said=("tracking.root", "folder")),
     "native option of another type": over(

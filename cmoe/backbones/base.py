@@ -29,11 +29,13 @@ class Backbone(nn.Module):
     Attributes:
         modalities: kinds of input that it takes.
         causal: no position sees a later one (what language modelling needs).
+        gives: what its layers' routers are told beside the task label (fields of `RouteContext`).
         width: size D of the features.
     """
 
     modalities: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[bool] = False
+    gives: ClassVar[tuple[str, ...]] = ()
     supplied: ClassVar[tuple[str, ...]] = ("input_shape", "vocabulary", "experts")
     width: int
 
@@ -45,6 +47,11 @@ class Backbone(nn.Module):
             context: task label (an int, or one a sample) and whatever else routers need.
         """
         raise NotImplementedError
+
+    def asked(self) -> set[str]:
+        """What its layers' routers need of `gives`."""
+        needs = [layer.router.needs for layer in self.moe_layers().values()]
+        return set().union(*needs) & set(self.gives)
 
     def moe_layers(self) -> dict[str, MoELayer]:
         """The Mixture-of-Experts layers by their names, in the order of depth."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
@@ -12,7 +13,7 @@ from cmoe.backbones.experts import ExpertLayers
 from cmoe.backbones.transformer import blocks, embed
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import RouteContext
+from cmoe.moe import RouteContext, passed_on
 
 PADDING = 256  # the token that fills up the end of a text
 
@@ -30,6 +31,7 @@ class ByteLM(Backbone):
 
     modalities: ClassVar[tuple[str, ...]] = ("bytes",)
     causal: ClassVar[bool] = True
+    gives: ClassVar[tuple[str, ...]] = ("token_ids", "sequence", "position")
 
     def __init__(
         self,
@@ -60,8 +62,13 @@ class ByteLM(Backbone):
         valid = x != PADDING
         if not valid.all():  # the end of a text: padding is no token to a router
             context = replace(context, valid=valid)
+        if asked := self.asked():
+            places = torch.arange(x.shape[1], device=x.device).expand_as(x)
+            told = {"token_ids": x, "sequence": torch.arange(x.shape[0], device=x.device), "position": places}
+            context = replace(context, **{name: told[name] for name in asked})
         for i, block in enumerate(self.blocks):
             h, routing = block(h, True, context)
             if routing is not None:
                 routings[f"blocks.{i}.mlp"] = routing
+                context = passed_on(context, routing)
         return Features(self.norm(h), routings)

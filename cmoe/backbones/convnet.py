@@ -11,7 +11,7 @@ from cmoe.backbones.experts import ExpertLayers, select
 from cmoe.backbones.pretrained import create
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import MoELayer, RouteContext
+from cmoe.moe import MoELayer, RouteContext, passed_on
 
 
 class ConvNet(Backbone):
@@ -74,7 +74,9 @@ class ConvNet(Backbone):
             h = stage.downsample(h)
             for b, block in enumerate(stage.blocks):
                 if isinstance(block.mlp, MoELayer):
-                    h = self._expert_block(h, block, context, f"net.stages.{s}.blocks.{b}.mlp", routings)
+                    name = f"net.stages.{s}.blocks.{b}.mlp"
+                    h = self._expert_block(h, block, context, name, routings)
+                    context = passed_on(context, routings[name])
                 else:
                     h = block(h)
         return Features(self.net.forward_head(self.net.norm_pre(h), pre_logits=True), routings)

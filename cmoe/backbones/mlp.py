@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers, select
 from cmoe.config.types import Fraction, PositiveInt
-from cmoe.moe import RouteContext
+from cmoe.moe import RouteContext, passed_on
 
 
 class MLP(Backbone):
@@ -58,7 +58,9 @@ class MLP(Backbone):
             if isinstance(layer, nn.Linear):
                 h = F.relu(layer(h))
             else:
-                h, routings[f"layers.{i}"] = layer(h, context)
+                h, routing = layer(h, context)
+                routings[f"layers.{i}"] = routing
+                context = passed_on(context, routing)
             if self.dropout:
                 h = F.dropout(h, self.dropout, self.training)
         return Features(h, routings)

@@ -13,7 +13,7 @@ from cmoe.backbones.experts import ExpertLayers
 from cmoe.backbones.transformer import Packing, blocks, embed
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import RouteContext
+from cmoe.moe import RouteContext, passed_on
 
 
 class TextEncoder(Backbone):
@@ -28,6 +28,7 @@ class TextEncoder(Backbone):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("text",)
+    gives: ClassVar[tuple[str, ...]] = ("token_ids", "sequence", "position")
 
     def __init__(
         self,
@@ -62,9 +63,13 @@ class TextEncoder(Backbone):
         h, routings = packing.pack(embed(x, self.words, self.positions)), {}
         if isinstance(context.task, Tensor):
             context = replace(context, task=context.task.index_select(0, packing.sequence()))
+        if asked := self.asked():
+            told = {"token_ids": packing.pack(x), "sequence": packing.sequence(), "position": packing.position()}
+            context = replace(context, **{name: told[name] for name in asked})
         for i, block in enumerate(self.blocks):
             h, routing = block(h, False, context, packing)
             if routing is not None:
                 routings[f"blocks.{i}.mlp"] = routing
+                context = passed_on(context, routing)
         count = valid.sum(1, keepdim=True).to(h.dtype)
         return Features(packing.unpack(self.norm(h)).sum(1) / count, routings)

@@ -39,6 +39,10 @@ class Packing:
         """(N,) the text that each token belongs to."""
         return self.rows.div(self.shape[1], rounding_mode="floor")
 
+    def position(self) -> Tensor:
+        """(N,) the place of each token in its text."""
+        return self.rows % self.shape[1]
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention over (B, L, D), or over packed tokens (N, D)."""

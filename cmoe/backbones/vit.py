@@ -11,7 +11,7 @@ from cmoe.backbones.experts import ExpertLayers, select
 from cmoe.backbones.pretrained import create
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import MoELayer, RouteContext
+from cmoe.moe import MoELayer, RouteContext, passed_on
 
 
 class ViT(Backbone):
@@ -77,7 +77,9 @@ class ViT(Backbone):
             # timm's own block forward cannot hand a routing context to its mlp
             h = h + block.drop_path1(block.ls1(block.attn(block.norm1(h))))
             if isinstance(block.mlp, MoELayer):
-                y, routings[f"vit.blocks.{i}.mlp"] = block.mlp(block.norm2(h), context)
+                y, routing = block.mlp(block.norm2(h), context)
+                routings[f"vit.blocks.{i}.mlp"] = routing
+                context = passed_on(context, routing)
             else:
                 y = block.mlp(block.norm2(h))
             h = h + block.drop_path2(block.ls2(y))

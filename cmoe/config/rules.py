@@ -160,6 +160,18 @@ def label_for_router(view: View) -> None:
         )
 
 
+def tokens_for_router(view: View) -> None:
+    given = {"task", "task_label", *view.attribute("model", "gives", ())}
+    lacking = sorted(view.needs("model.moe.router") - given)
+    if lacking:
+        router = view.plan.model["moe"]["router"]["name"]
+        view.refuse(
+            "model.moe.router",
+            f"a router that '{view.plan.model['name']}' has everything for",
+            f"'{router}', which needs {' and '.join(lacking)}",
+        )
+
+
 def label_for_strategy(view: View) -> None:
     scenario = view.plan.stream.get("scenario")
     for key, name in view.strategies():
@@ -297,6 +309,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     modality_of_backbone,
     causal_router,
     label_for_router,
+    tokens_for_router,
     label_for_strategy,
     boundaries_for_strategy,
     experts_for_strategy,

@@ -13,6 +13,7 @@ from cmoe.moe.routing import (
     Router,
     Routing,
     UniformRouting,
+    passed_on,
 )
 from cmoe.moe.view import NONE, ExpertView
 
@@ -36,4 +37,5 @@ __all__ = [
     "diagnostics",
     "losses",
     "migrate_optimizer",
+    "passed_on",
 ]

@@ -100,6 +100,7 @@ class Routing:
         aux: named auxiliary losses, scalars already multiplied by their weights: add them all to the loss. Empty
             outside training.
         kind: 'sparse'.
+        state: what the next layer's router gets as `RouteContext.state`; None for most routers.
     """
 
     ids: Tensor
@@ -109,6 +110,12 @@ class Routing:
     columns: tuple[int, ...] = ()
     aux: dict[str, Tensor] = field(default_factory=dict)
     kind: str = "sparse"
+    state: Tensor | None = None
+
+
+def passed_on(context: RouteContext, routing: Routing) -> RouteContext:
+    """The context for the next layer: what this layer's router remembers goes with it."""
+    return context if routing.state is None else replace(context, state=routing.state)
 
 
 class UniformRouting(Routing):
@@ -123,7 +130,7 @@ class UniformRouting(Routing):
         self.experts, self.valid, self.columns = experts, valid, columns
         self.tokens, self.device = x_TD.shape[0], x_TD.device
         self.dtype = score_dtype(x_TD.dtype)
-        self.logits = self.log_probs = None
+        self.logits = self.log_probs = self.state = None
         self.aux = {}
         self.kind = "sparse"
 
@@ -161,10 +168,10 @@ class Router(nn.Module):
     """
 
     supplied: ClassVar[tuple[str, ...]] = ("dim",)
-    causal: ClassVar[bool] = False
-    permutation_equivariant: ClassVar[bool] = False
-    exact_k: ClassVar[bool] = False
-    isolatable: ClassVar[bool] = False
+    causal: bool = False
+    permutation_equivariant: bool = False
+    exact_k: bool = False
+    isolatable: bool = False
     needs: frozenset[str] = frozenset()
     needs_with: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
 

@@ -16,11 +16,13 @@ class Columns:
     Attributes:
         ids: expert id of each column.
         parts: (cohort key, its experts' row indices, or None for all rows) in column order.
+        members: the expert ids of each part.
     """
 
     def __init__(self, parts: tuple[tuple[str, tuple[int, ...], tuple[int, ...] | None], ...]) -> None:
         self.ids: tuple[int, ...] = tuple(i for _, ids, _ in parts for i in ids)
         self.parts = tuple((key, rows) for key, _, rows in parts)
+        self.members = tuple(ids for _, ids, _ in parts)
         self.index: dict[int, int] = {expert: column for column, expert in enumerate(self.ids)}
         self.identity = self.ids == tuple(range(len(self.ids)))
         self.ascending = all(a < b for a, b in zip(self.ids, self.ids[1:], strict=False))

@@ -41,7 +41,7 @@ configs = st.fixed_dictionaries(
         ).map(lambda o: {"name": "toy", **o}),
     },
     optional={
-        "seed": st.integers(0, 2**31), "experiment": texts, "label": st.none() | texts,
+        "seed": st.integers(0, 2**31), "experiment": texts.filter(str.strip), "label": st.none() | texts,
         "strategy": strategies | st.integers(1, 10**6).map(lambda n: {"name": "replay", "size": n}),
         "model": some(
             hidden=st.lists(st.integers(1, 9), min_size=1, max_size=3), head=st.sampled_from(["shared", "growing", "auto"]),

@@ -6,7 +6,7 @@ Task-level routing as in Task-MoE (Kudugunta et al. 2021, https://arxiv.org/abs/
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ class TaskTable(Router):
             before any assignment as 'modulo'), or 'error'.
     """
 
-    causal: ClassVar[bool] = True
-    permutation_equivariant: ClassVar[bool] = True
-    exact_k: ClassVar[bool] = False  # tasks may have different numbers of experts
-    isolatable: ClassVar[bool] = True
+    causal = True
+    permutation_equivariant = True
+    exact_k = False  # tasks may have different numbers of experts
+    isolatable = True
     needs: frozenset[str] = frozenset({"task"})
 
     def __init__(self, dim: int, unassigned: Literal["modulo", "latest", "error"] = "modulo") -> None:

@@ -1,0 +1,265 @@
+"""Properties that every router has, each where it is declared."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+
+from cmoe.moe import ROUTERS, MoELayer, RouteContext
+
+DIM, TOKENS = 8, 24
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in ROUTERS},
+    "topk, noise": {"name": "topk", "noise": "gaussian", "k": 3},
+    "topk, capacity": {"name": "topk", "capacity": 0.7},
+    "topk, capacity by weight": {"name": "topk", "capacity": 0.7, "drop": "weight"},
+    "topk, capacity at random": {"name": "topk", "capacity": 0.7, "drop": "random"},
+    "topk, all losses": {"name": "topk", "importance": 0.1, "z": 0.1, "entropy": 0.1, "orthogonality": 0.1},
+    "top_p, at most 2": {"name": "top_p", "p": 0.9, "most": 2},
+    "task_embedding, alone": {"name": "task_embedding", "alone": True},
+    "hierarchical, two groups": {"name": "hierarchical", "groups": 3, "k_groups": 2, "k": 1},
+    "null_experts, many": {"name": "null_experts", "k": 4, "null": 6},
+}
+SUMS_TO_ONE = {
+    "topk", "noisy_topk", "dense", "gshard", "gaussian", "student_t", "laplace", "quadratic", "sigmoid_bias", "threshold",
+    "hash", "random", "frozen_random", "attention", "recurrent", "kmeans", "task_table", "task_embedding", "per_task",
+}  # fmt: skip
+AT_MOST_ONE = {
+    "switch", "hierarchical", "prototypes", "cosine", "perturbed_cosine", "top_p", "null_experts", "base", "sinkhorn",
+    "sparsemixer", "expert_choice",
+}  # fmt: skip
+# the gradient is an estimate by design, or there is none to compare with
+NO_TRUE_GRADIENT = {"threshold", "hash", "random", "task_table"}
+
+
+def make(variant: str, dtype: torch.dtype = torch.float64) -> MoELayer:
+    """A layer of several cohorts, in none of the simplest orders."""
+    layer = MoELayer(DIM, 8, experts=4, router=dict(VARIANTS[variant]))
+    layer.add_experts(3)
+    layer.remove([1])
+    layer.assign([0, 2, 3], 0)
+    layer.assign([4, 5], 1)
+    with torch.no_grad():
+        for p in layer.router.parameters():
+            p.add_(0.5 * torch.randn(p.shape))
+    return layer.to(dtype)
+
+
+def context(tokens: int = TOKENS, **more: Any) -> RouteContext:
+    """Everything that any router may need."""
+    return RouteContext(
+        task=torch.arange(tokens) % 3,
+        token_ids=torch.arange(tokens) * 7 % 11,
+        generator=torch.Generator().manual_seed(0),
+        **more,
+    )
+
+
+def route(layer: MoELayer, x: torch.Tensor, where: RouteContext | None = None) -> Any:
+    return layer.router(x, where or context(len(x)), layer.view)
+
+
+def inputs(tokens: int = TOKENS, seed: int = 1) -> torch.Tensor:
+    return torch.randn(tokens, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ids_and_weights_are_as_the_contract_says(variant: str, training: bool) -> None:
+    layer = make(variant).train(training)
+    routing = route(layer, inputs())
+    ids, weights = routing.ids, routing.weights
+    assert ids.shape == weights.shape == (TOKENS, ids.shape[1])
+    assert ids.dtype == torch.int64
+    assert set(ids.unique().tolist()) <= {-1, *layer.ids}
+    assert weights.dtype == torch.float64
+    assert (weights >= 0).all()
+    assert (weights[ids < 0] == 0).all()
+    assert all(len(set(own)) == len(own) for row in ids.tolist() if (own := [e for e in row if e >= 0]))
+    name = VARIANTS[variant]["name"]
+    total, whole = weights.sum(1), not layer.router.capacity if hasattr(layer.router, "capacity") else True
+    if name in SUMS_TO_ONE and whole and not (name == "gshard" and training):
+        torch.testing.assert_close(total, torch.ones_like(total))
+    elif name in SUMS_TO_ONE | AT_MOST_ONE and name != "expert_choice":
+        assert (total <= 1 + 1e-9).all()
+    if layer.router.exact_k and whole:
+        assert (ids >= 0).all()
+        assert ids.shape[1] == layer.router.experts_per_token(layer.view)
+    assert 1 <= layer.router.experts_per_token(layer.view) <= len(layer.ids)
+    assert bool(routing.aux) <= training
+    assert all(loss.dim() == 0 and loss.isfinite() for loss in routing.aux.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_permuted_tokens_are_routed_alike(variant: str) -> None:
+    layer = make(variant).eval()
+    if not layer.router.permutation_equivariant:
+        pytest.skip("not declared")
+    x, order = inputs(), torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3))
+    where = context()
+    moved = RouteContext(task=where.task[order], token_ids=where.token_ids[order])
+    before, after = route(layer, x, where), route(layer, x[order], moved)
+    torch.testing.assert_close(_dense(before, layer)[order], _dense(after, layer))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_causal_router_sees_no_later_token(variant: str, training: bool) -> None:
+    layer = make(variant).train(training)
+    if not layer.router.causal:
+        pytest.skip("not declared")
+    x = inputs()
+    changed = torch.cat([x[:10], inputs(seed=9)[10:]])
+    a = _dense(route(layer, x), layer)[:10]
+    fresh = make_again(layer, variant).train(training)
+    b = _dense(route(fresh, changed), fresh)[:10]
+    torch.testing.assert_close(a, b)
+
+
+def make_again(layer: MoELayer, variant: str) -> MoELayer:
+    """The layer as it was before its router learned something from a batch."""
+    torch.manual_seed(0)
+    again = make(variant)
+    state = {k: v for k, v in layer.state_dict().items() if "bias" not in k and "centre" not in k}
+    again.load_state_dict(state, strict=False)
+    for key, module in layer.router.columns.items():
+        for name in ("centre", "bias"):
+            if hasattr(module, name):  # buffers that the first batch moved
+                getattr(again.router.columns[key], name).copy_(getattr(module, name))
+    return again
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_token_and_none(variant: str) -> None:
+    for training in (False, True):
+        layer = make(variant).train(training)
+        for tokens in (1, 0):
+            y, routing = layer(inputs(tokens), context(tokens))
+            assert y.shape == (tokens, DIM)
+            total = y.sum() + sum(routing.aux.values())
+            assert total.isfinite()
+            if total.requires_grad:
+                total.backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_goes_nowhere(variant: str) -> None:
+    layer = make(variant).eval()
+    x, valid = inputs(), torch.arange(TOKENS) % 4 != 1
+    poisoned = x.masked_fill(~valid.unsqueeze(1), 1e3)
+    a, b = (route(layer, v, context(valid=valid)) for v in (x, poisoned))
+    assert (a.ids[~valid] == -1).all()
+    if VARIANTS[variant]["name"] != "random":
+        torch.testing.assert_close(_dense(a, layer), _dense(b, layer))
+    layer.train()
+    a, b = (route(make_again(layer, variant).train(), v, context(valid=valid)).aux for v in (x, poisoned))
+    assert a.keys() == b.keys()
+    for name, loss in a.items():
+        assert loss.item() == pytest.approx(b[name].item(), rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_ids_are_taken_and_weighed_alike(variant: str) -> None:
+    layer = make(variant).eval()
+    first = route(layer, inputs())
+    again = route(layer, inputs(), context(replay=first.ids))
+    assert torch.equal(again.ids, first.ids)
+    left_out = getattr(layer.router, "capacity", 0.0) > 0  # ids do not tell who found no place from who was not meant
+    if VARIANTS[variant]["name"] != "random" and not left_out:
+        torch.testing.assert_close(again.weights, first.weights)
+    with pytest.raises(ValueError, match="replay: expected expert ids among"):
+        route(layer, inputs(), context(replay=torch.full((TOKENS, 1), 99)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_of_the_weights_is_that_of_their_formula(variant: str) -> None:
+    """Against finite differences in float64, for the choice that was made."""
+    name = VARIANTS[variant]["name"]
+    if name in NO_TRUE_GRADIENT:
+        pytest.skip("no gradient, or an estimate by design")
+    layer = make(variant).eval()
+    x = inputs(5).requires_grad_()
+    ids = route(layer, x.detach(), context(5)).ids
+    assert torch.autograd.gradcheck(lambda v: route(layer, v, context(5, replay=ids)).weights, (x,))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_structure_and_state_come_back(variant: str) -> None:
+    layer = make(variant)
+    layer(inputs(), context())  # what is learned without a gradient is part of it
+    layer.freeze([4])
+    layer.eval()
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = MoELayer(DIM, 8, experts=4, router=dict(VARIANTS[variant])).double()
+    other.restore_structure(layer.structure())
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    other.eval()
+    a, b = (one(inputs(), context()) for one in (layer, other))
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1].ids, b[1].ids)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_frozen_stays(variant: str) -> None:
+    layer = make(variant)
+    layer.freeze([0, 5])
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    before = _rows(layer, (0, 5))
+    for seed in range(3):
+        optimizer.zero_grad()
+        y, routing = layer(inputs(seed=seed), context())
+        total = y.square().sum() + sum(routing.aux.values())
+        total.backward()
+        optimizer.step()
+    for name, value in _rows(layer, (0, 5)).items():
+        assert torch.equal(before[name], value), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_added_expert_leaves_old_tasks_alone(variant: str) -> None:
+    layer = make(variant).eval()
+    if not layer.router.isolatable:
+        pytest.skip("not declared")
+    where = RouteContext(
+        task=0, token_ids=context().token_ids, visible=(0, 2, 3), generator=torch.Generator().manual_seed(0)
+    )
+    before, _ = layer(inputs(), where)
+    layer.add_experts(2, tasks=[2])
+    layer.eval()
+    where = RouteContext(
+        task=0, token_ids=context().token_ids, visible=(0, 2, 3), generator=torch.Generator().manual_seed(0)
+    )
+    after, _ = layer(inputs(), where)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision_routes_in_float32(variant: str) -> None:
+    layer = make(variant, torch.float32)
+    x = inputs().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, routing = layer(x, context())
+    assert routing.weights.dtype == torch.float32
+    assert y.isfinite().all()
+
+
+def _dense(routing: Any, layer: MoELayer) -> torch.Tensor:
+    """Weights as a matrix of tokens and experts: what a routing says, however it is written down."""
+    out = routing.weights.new_zeros(len(routing.ids), max(layer.ids) + 2)
+    return out.scatter_add(1, routing.ids + 1, routing.weights)[:, 1:]
+
+
+def _rows(layer: MoELayer, ids: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    found = {}
+    for modules in layer.stacked_modules():
+        for key, module in modules.items():
+            for name, p in module.named_parameters():
+                for row, expert in enumerate(layer.cohort_ids[key]):
+                    if expert in ids:
+                        found[f"{expert} {type(module).__name__} {name}"] = p.detach()[row].clone()
+    return found

@@ -1,0 +1,349 @@
+"""Routers and losses against formulas written out a second time, in numpy and float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from cmoe.moe import MoELayer, RouteContext, losses
+from cmoe.moe.routers.parts import capacity, select
+
+DIM, TOKENS, EXPERTS = 6, 40, 5
+
+
+def make(router, k_std=0.6, **options):
+    torch.manual_seed(1)
+    layer = MoELayer(DIM, 4, experts=EXPERTS, router={"name": router, **options}).double().eval()
+    with torch.no_grad():
+        for p in layer.router.parameters():
+            p.add_(k_std * torch.randn(p.shape))
+    return layer
+
+
+X = torch.randn(TOKENS, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+x = X.numpy()
+
+
+def route(layer, **context):
+    return layer.router(X, RouteContext(**context), layer.view)
+
+
+def columns(layer, name="weight"):
+    return getattr(layer.router.columns["0"], name).detach().numpy()
+
+
+def dense(routing):
+    out = np.zeros((TOKENS, EXPERTS))
+    for t, (ids, weights) in enumerate(zip(routing.ids.tolist(), routing.weights.tolist(), strict=True)):
+        for e, w in zip(ids, weights, strict=True):
+            if e >= 0:
+                out[t, e] = w
+    return out
+
+
+def softmax(s):
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def best(s, k):
+    mask = np.zeros_like(s, dtype=bool)
+    np.put_along_axis(mask, np.argsort(-s, axis=1)[:, :k], True, axis=1)
+    return mask
+
+
+def mixtral(s, k):
+    kept = np.where(best(s, k), s, -np.inf)
+    return softmax(kept)
+
+
+def cosine(layer, perturbation):
+    p, w = layer.router.score.project.weight.detach().numpy(), columns(layer)
+    h = x @ p.T
+    h = h / (np.linalg.norm(h, axis=1, keepdims=True) + perturbation)
+    w = w / (np.linalg.norm(w, axis=1, keepdims=True) + perturbation)
+    return h @ w.T / max(np.exp(layer.router.score.log_temperature.item()), 0.01)
+
+
+def distance(layer):
+    mu, sigma = columns(layer), np.exp(columns(layer, "log_width"))
+    d2 = ((x[:, None] - mu[None]) ** 2).sum(-1)
+    return d2, sigma, columns(layer, "log_prior")
+
+
+def gaussian(layer):
+    d2, sigma, prior = distance(layer)
+    return prior - DIM * np.log(sigma) - d2 / (2 * sigma**2)
+
+
+def student(layer):
+    d2, sigma, prior = distance(layer)
+    nu = layer.router.nu
+    return prior - DIM * np.log(sigma) - (nu + DIM) / 2 * np.log(1 + d2 / (nu * sigma**2))
+
+
+def laplace(layer):
+    d2, sigma, prior = distance(layer)
+    return prior - np.sqrt(d2) / sigma
+
+
+def quadratic(layer):
+    u, v, w = columns(layer, "left"), columns(layer, "right"), columns(layer)
+    forms = np.einsum("erd,erf->edf", u, v)
+    return x @ w.T + np.einsum("td,edf,tf->te", x, forms, x)
+
+
+def attention(layer):
+    q, k, v = (x @ columns(layer, n).T for n in ("query", "key", "value"))
+    a = softmax(q[:, :, None] * k[:, None, :])
+    return (a * v[:, None, :]).sum(-1)
+
+
+def nearest(layer):
+    c = layer.router.columns["0"].centre.numpy()
+    return -((x[:, None] - c[None]) ** 2).sum(-1)
+
+
+def linear(layer):
+    return x @ columns(layer).T
+
+
+def two_levels(layer, groups, k):
+    own, group = linear(layer), x @ columns(layer, "group").T
+    edges = [EXPERTS * g // groups for g in range(groups + 1)]
+    runs = list(itertools.pairwise(edges))
+    gate = softmax(np.stack([group[:, a:b].mean(1) for a, b in runs], 1))
+    out = np.zeros((TOKENS, EXPERTS))
+    for t in range(TOKENS):
+        g = int(gate[t].argmax())
+        a, b = runs[g]
+        inside = softmax(own[t, a:b])
+        for e in np.argsort(-inside)[: min(k, min(q - p for p, q in runs))]:
+            out[t, a + e] = gate[t, g] * inside[e]
+    return out
+
+
+def prototypes(layer, groups):
+    s = linear(layer)
+    out = np.zeros_like(s)
+    for a, b in itertools.pairwise([EXPERTS * g // groups for g in range(groups + 1)]):
+        p = softmax(s[:, a:b])
+        out[:, a:b] = np.where(best(s[:, a:b], 1), p, 0) / groups
+    return out
+
+
+def deepseek(layer, k):
+    s = 1 / (1 + np.exp(-linear(layer)))
+    chosen = np.where(best(s + columns(layer, "bias"), k), s, 0)
+    return chosen / chosen.sum(1, keepdims=True)
+
+
+def top_p(layer, p):
+    probs = softmax(linear(layer))
+    out = np.zeros_like(probs)
+    for t in range(TOKENS):
+        total = 0.0
+        for e in np.argsort(-probs[t]):
+            out[t, e] = probs[t, e]
+            total += probs[t, e]
+            if total >= p:
+                break
+    return out
+
+
+def null_experts(layer, k):
+    everyone = np.concatenate([linear(layer), x @ layer.router.nulls.detach().numpy().T], 1)
+    mask = best(everyone, k)[:, :EXPERTS]
+    e = np.where(mask, np.exp(everyone[:, :EXPERTS]), 0)
+    return e / np.maximum(e.sum(1, keepdims=True), 1e-300)
+
+
+def thresholds(layer):
+    w = columns(layer)
+    c = (x / np.linalg.norm(x, axis=1, keepdims=True)) @ (w / np.linalg.norm(w, axis=1, keepdims=True)).T
+    margin = 1 / (1 + np.exp(-c)) - 1 / (1 + np.exp(-columns(layer, "threshold")))
+    on = margin > 0
+    on |= best(margin, 1) & ~on.any(1, keepdims=True)
+    return on / on.sum(1, keepdims=True)
+
+
+def expert_choice(layer, factor):
+    p = softmax(linear(layer))
+    each = int(np.ceil(factor * TOKENS / EXPERTS))
+    return np.where(best(p.T, each).T, p, 0)
+
+
+KNOWN = {
+    "topk": (lambda: make("topk", k=3), lambda m: mixtral(linear(m), 3)),
+    "topk after": (lambda: make("topk", order="after"), lambda m: np.where(best(linear(m), 2), softmax(linear(m)), 0)),
+    "switch": (lambda: make("switch", capacity=0.0), lambda m: np.where(best(linear(m), 1), softmax(linear(m)), 0)),
+    "dense": (lambda: make("dense"), lambda m: softmax(linear(m))),
+    "gshard": (lambda: make("gshard", capacity=0.0), lambda m: mixtral(linear(m), 2)),
+    "cosine": (lambda: make("cosine"), lambda m: np.where(best(cosine(m, 1e-6), 2), softmax(cosine(m, 1e-6)), 0)),
+    "perturbed_cosine": (
+        lambda: make("perturbed_cosine"), lambda m: np.where(best(cosine(m, 0.1), 2), softmax(cosine(m, 0.1)), 0)),
+    "gaussian": (lambda: make("gaussian"), lambda m: mixtral(gaussian(m), 2)),
+    "student_t": (lambda: make("student_t", nu=4.0), lambda m: mixtral(student(m), 2)),
+    "laplace": (lambda: make("laplace"), lambda m: mixtral(laplace(m), 2)),
+    "quadratic": (lambda: make("quadratic", rank=3), lambda m: mixtral(quadratic(m), 2)),
+    "attention": (lambda: make("attention"), lambda m: mixtral(attention(m), 2)),
+    "kmeans": (lambda: make("kmeans", k=2), lambda m: mixtral(nearest(m), 2)),
+    "hierarchical": (lambda: make("hierarchical", groups=2, k=2), lambda m: two_levels(m, 2, 2)),
+    "prototypes": (lambda: make("prototypes", groups=3), lambda m: prototypes(m, 3)),
+    "top_p": (lambda: make("top_p", p=0.6), lambda m: top_p(m, 0.6)),
+    "null_experts": (lambda: make("null_experts", k=3, null=3), lambda m: null_experts(m, 3)),
+    "threshold": (lambda: make("threshold"), thresholds),
+    "relu": (lambda: make("relu"), lambda m: np.maximum(linear(m), 0)),
+    "expert_choice": (lambda: make("expert_choice", factor=1.5), lambda m: expert_choice(m, 1.5)),
+    "base, not training": (lambda: make("base"), lambda m: np.where(best(linear(m), 1), 1 / (1 + np.exp(-linear(m))), 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_weights_are_those_of_the_formula(name):
+    build, formula = KNOWN[name]
+    layer = build()
+    np.testing.assert_allclose(dense(route(layer)), formula(layer), rtol=1e-6, atol=1e-9)
+
+
+def test_sigmoid_bias_chooses_with_the_bias_and_weighs_without():
+    layer = make("sigmoid_bias", rate=0.05)
+    layer.router.columns["0"].bias.copy_(torch.tensor([0.3, 0.0, -0.3, 0.1, 0.0]))
+    np.testing.assert_allclose(dense(route(layer)), deepseek(layer, 2), rtol=1e-9)
+    before = columns(layer, "bias").copy()
+    load = best(1 / (1 + np.exp(-linear(layer))) + before, 2).sum(0)
+    layer.train()
+    route(layer)
+    np.testing.assert_allclose(columns(layer, "bias") - before, 0.05 * np.sign(load.mean() - load), atol=1e-12)
+
+
+def test_the_bias_evens_out_the_load():
+    layer = make("sigmoid_bias", rate=0.02, k_std=1.0).train()
+    first = np.bincount(route(layer).ids.flatten(), minlength=EXPERTS)
+    for _ in range(200):
+        routing = route(layer)
+    last = np.bincount(routing.ids.flatten(), minlength=EXPERTS)
+    assert last.std() < 0.3 * first.std()
+
+
+def test_relu_holds_the_number_of_experts():
+    layer = make("relu", k=2, rate=1.5, weight=0.01).train()
+    optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        routing = route(layer)
+        (routing.aux["l1"] + (2.0 - routing.weights.sum(1)).relu().mean()).backward()
+        optimizer.step()
+    assert 1.2 < (route(layer).ids >= 0).sum(1).double().mean() < 2.8
+
+
+def test_the_auction_finds_the_best_assignment():
+    for seed in range(5):
+        scores = torch.randn(30, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        chosen = select.auction(scores, epsilon=1e-4)
+        assert torch.bincount(chosen, minlength=5).tolist() == [6] * 5
+        slots = np.repeat(scores.numpy(), 6, axis=1)
+        rows, cols = linear_sum_assignment(-slots)
+        assert scores.gather(1, chosen.unsqueeze(1)).sum().item() == pytest.approx(slots[rows, cols].sum(), abs=0.05)
+    uneven = select.auction(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))
+    assert torch.bincount(uneven, minlength=3).max() <= 3
+
+
+def test_sinkhorn_balances_rows_and_columns():
+    scores = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = select.sinkhorn(scores, 200, 1e-9)
+    torch.testing.assert_close(plan.sum(1), torch.ones(60, dtype=torch.float64))
+    torch.testing.assert_close(plan.sum(0), torch.full((4,), 15.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    ratio = (plan.log() - scores).numpy()  # scores plus a number per row and one per column
+    np.testing.assert_allclose(ratio - ratio[:, :1] - ratio[:1] + ratio[0, 0], 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("drop", ["order", "weight", "random"])
+def test_capacity_leaves_out_whom_the_policy_says(drop):
+    generator = torch.Generator().manual_seed(0)
+    cols = torch.randint(0, 4, (50, 2), generator=generator)
+    weights = torch.rand(50, 2, generator=generator)
+    absent = torch.rand(50, 2, generator=generator) < 0.2
+    late = capacity.over(cols, absent, weights, 4, 7, drop, generator)
+    assert not (late & absent).any()
+    for e in range(4):
+        mine = [(t, k) for t in range(50) for k in range(2) if cols[t, k] == e and not absent[t, k]]
+        out = [p for p in mine if late[p]]
+        assert len(mine) - len(out) == min(7, len(mine))
+        if drop == "order":
+            assert out == mine[7:]
+        if drop == "weight":
+            assert set(out) == set(sorted(mine, key=lambda p: -weights[p])[7:])
+
+
+def test_places_are_rounded_up():
+    assert [capacity.places(f, 40, 5) for f in (1.0, 1.25, 1.01, 0.0)] == [8, 10, 9, 1]
+
+
+def test_hash_moves_few_tokens_when_an_expert_is_added():
+    layer = MoELayer(DIM, 4, experts=4, router="hash").eval()
+    ids = torch.arange(4000)
+    tokens = torch.zeros(4000, DIM)
+    before = layer.router(tokens, RouteContext(token_ids=ids), layer.view).ids[:, 0]
+    counts = torch.bincount(before, minlength=4)
+    assert (counts - 1000).abs().max() < 150
+    (new,) = layer.add_experts(1)
+    after = layer.router(tokens, RouteContext(token_ids=ids), layer.view).ids[:, 0]
+    moved = before != after
+    assert (after[moved] == new).all()
+    assert 0.15 < moved.double().mean() < 0.25
+
+
+def test_sparsemixer_samples_near_experts_and_halves_the_step_of_others():
+    """Drawn from the softmax over experts near the best; a gradient is halved where another than the best was drawn."""
+    layer = MoELayer(4, 4, experts=4, router={"name": "sparsemixer", "jitter": 0.15, "switch": 0.0}).double().train()
+    with torch.no_grad():
+        layer.router.columns["0"].weight.copy_(torch.eye(4))
+    scores = torch.tensor([0.6, 0.5, 0.45, 0.2], dtype=torch.float64)  # 0.2 is more than 2 · 0.15 below 0.6
+    x_TD = scores.expand(8000, 4).clone().requires_grad_()
+    routing = layer.router(x_TD, RouteContext(generator=torch.Generator().manual_seed(0)), layer.view)
+    drawn = routing.ids[:, 0]
+    p = scores[:3].softmax(-1)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=4)[:3].double() / 8000, p, atol=0.02, rtol=0)
+    assert not (drawn == 3).any()
+    torch.testing.assert_close(routing.weights[:, 0], p[drawn])
+    routing.weights.sum().backward()
+    for e in range(3):
+        jacobian = p[e] * (torch.eye(3, dtype=torch.float64)[e] - p)  # of softmax
+        expected = jacobian * (1.0 if e == 0 else 0.5)
+        assert x_TD.grad is not None
+        torch.testing.assert_close(x_TD.grad[drawn == e][0, :3], expected)
+
+
+def test_losses_against_their_formulas():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(30, 4, generator=generator, dtype=torch.float64).softmax(-1)
+    task = torch.randint(0, 3, (30,), generator=generator)
+    p = probs.numpy()
+    joint = np.stack([p[task.numpy() == m].sum(0) / 30 for m in range(3)])
+    mi = sum(
+        joint[m, e] * np.log(joint[m, e] / (joint[m].sum() * joint[:, e].sum())) for m in range(3) for e in range(4)
+    )
+    assert losses.mutual_information_loss(probs, task).item() == pytest.approx(-mi)
+    w = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    unit = w.numpy() / np.linalg.norm(w.numpy(), axis=1, keepdims=True)
+    mean = np.mean([(unit[i] @ unit[j]) ** 2 for i in range(4) for j in range(4) if i != j])
+    assert losses.orthogonality_loss([w[:1], w[1:]]).item() == pytest.approx(mean)
+    a, b = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    pa, pb = softmax(a.numpy()), softmax(b.numpy())
+    kl = 0.5 * ((pa * np.log(pa / pb)).sum(1) + (pb * np.log(pb / pa)).sum(1)).mean()
+    assert losses.consistency_loss(a, b).item() == pytest.approx(kl)
+    out = torch.randn(7, 3, 2, generator=generator, dtype=torch.float64)
+    mask = torch.ones(7, 3, dtype=torch.bool)
+    spread = ((out - out.mean(1, keepdim=True)) ** 2).mean().item()
+    assert losses.mutual_distillation_loss(out).item() == pytest.approx(spread)
+    assert losses.mutual_distillation_loss(out, mask).item() == pytest.approx(spread)
+    absent = torch.rand(30, 2, generator=generator) < 0.3
+    cols = torch.randint(0, 4, (30, 2), generator=generator)
+    counts = np.bincount(cols.numpy()[~absent.numpy()], minlength=4)
+    expected = 4 * (counts / counts.sum() * p.mean(0)).sum()
+    assert losses.switch_loss(probs, cols, None, absent).item() == pytest.approx(expected)
