@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,7 +42,7 @@ def tell_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
         if len(variants) == 1:
             renamed.append(run)
             continue
-        keys = differing(variants)
+        keys = telling(variants)
         own = settings(run.config)
         said = [f"{k}={own.get(k, 'unset')}" for k in keys[:SHOWN]] + ["…"] * (len(keys) > SHOWN)
         renamed.append(replace(run, label=f"{run.label} ({', '.join(said)})"))
@@ -55,6 +56,20 @@ def tell_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
             if known.index(key):
                 renamed[i] = replace(run, label=f"{run.label} #{known.index(key) + 1}")
     return renamed
+
+
+def telling(variants: Sequence[Mapping[str, str]]) -> list[str]:
+    """As few keys as it takes to tell several settings apart, those first that tell most."""
+    left, chosen = differing(variants), []
+
+    def alike(keys: Sequence[str]) -> int:
+        """Pairs of settings, and each with itself, that these keys do not tell apart."""
+        return sum(n * n for n in Counter(tuple(v.get(k) for k in keys) for v in variants).values())
+
+    while alike(chosen) > len(variants):
+        chosen.append(min(left, key=lambda k: alike([*chosen, k])))  # the first among equals
+        left.remove(chosen[-1])
+    return chosen
 
 
 def differing(variants: Sequence[Mapping[str, str]]) -> list[str]:

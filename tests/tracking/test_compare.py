@@ -93,14 +93,24 @@ def test_runs_of_other_settings_are_not_averaged(root):
     assert (cell["n"], cell["difference"]["n"]) == (2, 2)
 
 
-def test_more_settings_than_a_label_can_show_get_numbers(root):
-    for i in range(3):
-        config = {"strategy": [{"name": "many"}], "a": 1, "b": 1, "c": 1, "model": {"x": i // 2, "y": i % 2}}
-        config |= {"a": i > 0, "b": i > 0, "c": i > 0}
+def test_the_settings_that_tell_most_are_named(root):
+    """Two of six keys tell four settings apart; the others would make the labels long and say nothing more."""
+    for i in range(4):
+        config = {"strategy": [{"name": "many"}], "a": i > 0, "b": i > 0, "model": {"x": i // 2, "y": i % 2}}
         write_run(root, "many", 0, run_id=f"digits-many-{i}", config=config)
     labels = compare(choose(load_runs(root, "digits"))[0])["labels"]
-    assert len([label for label in labels if label.startswith("many (")]) == 3
-    assert any(label.endswith(" #2") for label in labels)
+    assert [label for label in labels if label.startswith("many")] == [
+        f"many (model.x={i // 2}, model.y={i % 2})" for i in range(4)
+    ]
+
+
+def test_more_settings_than_a_label_can_show_get_numbers(root):
+    for i in range(16):
+        bits = {f"b{k}": i >> k & 1 for k in range(4)}
+        write_run(root, "many", 0, run_id=f"digits-many-{i:02}", config={"strategy": [{"name": "many"}], "model": bits})
+    labels = [label for label in compare(choose(load_runs(root, "digits"))[0])["labels"] if label.startswith("many (")]
+    assert len(labels) == 16
+    assert sum(label.endswith(" #2") for label in labels) == 8
 
 
 def test_another_stream_or_evaluation_is_said(root):
