@@ -64,7 +64,8 @@ class Progress:
         """Go back to the log as a checkpoint knew it; an extended run's new settings are logged."""
         self.tracker.resume(length)
         logged = {e["key"]: e["value"] for e, _ in read(self.folder.wal, 0, length) if e["kind"] == "param"}
-        changed = {k: v for k, v in layout.flatten(self.plan.to_dict()).items() if logged.get(k) != v}
+        now = layout.parameters(self.plan.to_dict(), self.plan.strategies, self.plan.label)
+        changed = {k: v for k, v in now.items() if logged.get(k) != v}
         if changed:
             layout.log_change(self.tracker, changed)
 

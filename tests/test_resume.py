@@ -153,6 +153,14 @@ def test_checkpoints_load_without_unpickling(reference: RunFolder) -> None:
     assert len(list(reference.state.glob("*.pt"))) == 2  # checkpoint.keep
 
 
+def test_a_resumed_run_logs_nothing_of_its_settings_again(reference: RunFolder, here: Path) -> None:
+    folder = begin("mlruns", Stop(1))
+    api.resume(folder)
+    kinds = [[json.loads(line)["kind"] for line in run.wal.read_text().splitlines()] for run in (reference, folder)]
+    # beside the status KILLED, which the resumed log has no more
+    assert kinds[0] == kinds[1]
+
+
 def test_a_finished_run_is_left_alone(here: Path) -> None:
     folder = begin("mlruns")
 

@@ -72,6 +72,11 @@ def git_commit(folder: Path | None = None) -> str | None:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def parameters(config: Mapping[str, Any], strategy: str, label: str) -> dict[str, str]:
+    """What MLflow filters and groups runs by; `strategy` and `label` stand for what they came to."""
+    return {**flatten(config), "strategy": strategy, "label": label}
+
+
 def log_start(
     tracker: Tracker,
     config: Mapping[str, Any],
@@ -90,7 +95,7 @@ def log_start(
         data: (name, fingerprint) of the stream's data.
         commit: see `git_commit`.
     """
-    tracker.params({**flatten(config), "strategy": strategy, "label": label})
+    tracker.params(parameters(config, strategy, label))
     tracker.tag("cmoe.label", label)
     for name, version in versions().items():
         tracker.tag(f"version.{name}", version)
