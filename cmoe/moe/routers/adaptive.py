@@ -37,7 +37,6 @@ class ReLU(Scored):
     k: PositiveInt = 2
     rate: Positive = 1.2
     weight: NonNegative = 1e-8
-    init_std: NonNegative = 0.02
 
     exact_k = False
     fixed_k = False

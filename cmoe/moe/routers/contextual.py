@@ -12,6 +12,7 @@ from cmoe.config.types import Fraction, PositiveInt
 from cmoe.moe.routers.parts import scores
 from cmoe.moe.routers.parts.scores import Score
 from cmoe.moe.routers.topk import TopK
+from cmoe.moe.routing import RouteContext, Routing
 from cmoe.moe.view import Columns
 
 
@@ -77,9 +78,12 @@ class KMeans(TopK):
         if self.noise == "shazeer":
             raise ValueError("kmeans: noise: expected 'none', 'gaussian' or 'jitter', got 'shazeer'")
 
-    def _scores(self, x_TD, context, columns):
-        self._x_TD = x_TD.detach()
-        return super()._scores(x_TD, context, columns)
+    def _route(self, x_TD: Tensor, context: RouteContext, columns: Columns, training: bool) -> Routing:
+        self._x_TD = x_TD.detach()  # for `learn_from`: centroids follow the tokens, not their scores
+        try:
+            return super()._route(x_TD, context, columns, training)
+        finally:
+            del self._x_TD
 
     @torch.no_grad()
     def learn_from(self, scores_TE: Tensor, columns_TK: Tensor, absent_TK: Tensor | None, columns: Columns) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cmoe.config.types import NonNegative, Positive, PositiveInt, Probability
+from cmoe.config.types import Count, NonNegative, Positive, PositiveInt, Probability
 from cmoe.moe.routers.parts import scores, select, weigh
 from cmoe.moe.routers.parts.scores import Score
 from cmoe.moe.routers.parts.select import Selection
@@ -118,7 +118,7 @@ class Cosine(TopK):
         temperature: the initial one.
     """
 
-    rank: int = 0
+    rank: Count = 0
     temperature: Positive = 0.3
     order: Literal["before", "after"] = "after"
 
@@ -263,7 +263,7 @@ class TopP(Scored):
     """
 
     p: Probability = 0.4
-    most: int = 0
+    most: Count = 0
     switch: NonNegative = 0.01
     entropy: NonNegative = 0.0001
 
@@ -278,24 +278,14 @@ class TopP(Scored):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Hash(Scored):
-    """Hash: a token's vocabulary id alone says where it goes; nothing is learned.
-
-    Roller et al. 2021, https://arxiv.org/abs/2106.04426. By rendezvous hashing, so that an added expert takes over its
-    share of the vocabulary and moves no other token.
+class _Unlearned(Scored):
+    """Scores without parameters: the k highest, with equal weights.
 
     Options:
         k: experts per token, with equal weights.
-        seed: of the hash.
     """
 
     k: PositiveInt = 1
-    seed: int = 0
-
-    needs = frozenset({"token_ids"})
-
-    def make_score(self) -> Score:
-        return scores.Hashed(self.dim, self.seed)
 
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
         return select.top_k(scores_TE, self.k)
@@ -308,32 +298,37 @@ class Hash(Scored):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Random(Scored):
+class Hash(_Unlearned):
+    """Hash: a token's vocabulary id alone says where it goes; nothing is learned.
+
+    Roller et al. 2021, https://arxiv.org/abs/2106.04426. By rendezvous hashing, so that an added expert takes over its
+    share of the vocabulary and moves no other token.
+
+    Options:
+        seed: of the hash.
+    """
+
+    seed: int = 0
+
+    needs = frozenset({"token_ids"})
+
+    def make_score(self) -> Score:
+        return scores.Hashed(self.dim, self.seed)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Random(_Unlearned):
     """Random: each token's experts are drawn anew at every pass, with equal weights.
 
     Zuo et al. 2022 (THOR), https://arxiv.org/abs/2110.04260, which adds a consistency loss between two passes
     (`cmoe.moe.losses.consistency_loss`).
-
-    Options:
-        k: experts per token.
     """
-
-    k: PositiveInt = 1
 
     permutation_equivariant = False
     isolatable = False
 
     def make_score(self) -> Score:
         return scores.Drawn(self.dim)
-
-    def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
-        return select.top_k(scores_TE, self.k)
-
-    def weigh(self, scores_TE: Tensor, columns_TK: Tensor, absent_TK: Tensor | None, columns: Columns) -> Tensor:
-        return weigh.equal(scores_TE, columns_TK, absent_TK)
-
-    def experts_per_token(self, experts: ExpertView) -> int:
-        return min(self.k, len(experts))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -32,7 +32,12 @@ AT_MOST_ONE = {
     "sparsemixer", "expert_choice",
 }  # fmt: skip
 # the gradient is an estimate by design, or there is none to compare with
-NO_TRUE_GRADIENT = {"threshold", "hash", "random", "task_table"}
+NO_TRUE_GRADIENT = {
+    "threshold": "the gradient passes straight through a comparison: an estimate by definition",
+    "hash": "weights are constants, nothing is learned",
+    "random": "weights are constants, nothing is learned",
+    "task_table": "weights are constants, nothing is learned",
+}
 
 
 def make(variant: str, dtype: torch.dtype = torch.float64) -> MoELayer:
@@ -97,7 +102,7 @@ def test_ids_and_weights_are_as_the_contract_says(variant: str, training: bool) 
 def test_permuted_tokens_are_routed_alike(variant: str) -> None:
     layer = make(variant).eval()
     if not layer.router.permutation_equivariant:
-        pytest.skip("not declared")
+        pytest.skip("the router declares that it is not permutation equivariant")
     x, order = inputs(), torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3))
     where = context()
     moved = RouteContext(task=where.task[order], token_ids=where.token_ids[order])
@@ -110,7 +115,7 @@ def test_permuted_tokens_are_routed_alike(variant: str) -> None:
 def test_a_causal_router_sees_no_later_token(variant: str, training: bool) -> None:
     layer = make(variant).train(training)
     if not layer.router.causal:
-        pytest.skip("not declared")
+        pytest.skip("the router declares that it is not causal, and configurations that need it are refused")
     x = inputs()
     changed = torch.cat([x[:10], inputs(seed=9)[10:]])
     a = _dense(route(layer, x), layer)[:10]
@@ -179,7 +184,7 @@ def test_the_gradient_of_the_weights_is_that_of_their_formula(variant: str) -> N
     """Against finite differences in float64, for the choice that was made."""
     name = VARIANTS[variant]["name"]
     if name in NO_TRUE_GRADIENT:
-        pytest.skip("no gradient, or an estimate by design")
+        pytest.skip(NO_TRUE_GRADIENT[name])
     layer = make(variant).eval()
     x = inputs(5).requires_grad_()
     ids = route(layer, x.detach(), context(5)).ids
@@ -224,7 +229,7 @@ def test_what_is_frozen_stays(variant: str) -> None:
 def test_an_added_expert_leaves_old_tasks_alone(variant: str) -> None:
     layer = make(variant).eval()
     if not layer.router.isolatable:
-        pytest.skip("not declared")
+        pytest.skip("the router declares that it is not isolatable")
     where = RouteContext(
         task=0, token_ids=context().token_ids, visible=(0, 2, 3), generator=torch.Generator().manual_seed(0)
     )
@@ -263,3 +268,11 @@ def _rows(layer: MoELayer, ids: tuple[int, ...]) -> dict[str, torch.Tensor]:
                     if expert in ids:
                         found[f"{expert} {type(module).__name__} {name}"] = p.detach()[row].clone()
     return found
+
+
+def test_centroids_follow_the_tokens_and_not_their_jittered_copies() -> None:
+    layer = MoELayer(DIM, 8, experts=1, router={"name": "kmeans", "rate": 0.5, "noise": "jitter"}).double()
+    centre = layer.router.columns["0"].centre
+    before = centre.clone()
+    route(layer, inputs())
+    torch.testing.assert_close(centre, 0.5 * before + 0.5 * inputs().mean(0, keepdim=True))
