@@ -101,6 +101,7 @@ class Routing:
             outside training.
         kind: 'sparse'.
         state: what the next layer's router gets as `RouteContext.state`; None for most routers.
+        dropped: how many assignments were lost to the experts' capacity, an int64 scalar; None for a router without any.
     """
 
     ids: Tensor
@@ -111,6 +112,7 @@ class Routing:
     aux: dict[str, Tensor] = field(default_factory=dict)
     kind: str = "sparse"
     state: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 def passed_on(context: RouteContext, routing: Routing) -> RouteContext:

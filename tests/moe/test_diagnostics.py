@@ -59,6 +59,23 @@ def test_usage_counts_training_only():
     }
 
 
+@pytest.mark.parametrize("labels", [0, torch.arange(12) % 2], ids=["one label", "a label a token"])
+@pytest.mark.parametrize("drop", ["order", "weight"])
+def test_assignments_lost_to_capacity_are_counted(labels: int | torch.Tensor, drop: str) -> None:
+    x = torch.randn(12, 8)
+    free = MoELayer(8, 16, experts=3, router={"name": "topk", "k": 2, "restrict": "task"})
+    free.assign([0, 1], 0)
+    free.assign([0, 2], 1)
+    full = MoELayer(
+        8, 16, experts=3, router={"name": "topk", "k": 2, "restrict": "task", "capacity": 0.6, "drop": drop}
+    )
+    full.restore_structure(free.structure())
+    full.load_state_dict(free.state_dict())
+    before, after = (layer(x, RouteContext(task=labels))[1] for layer in (free, full))
+    assert before.dropped is None
+    assert int(after.dropped) == int((before.ids >= 0).sum()) - int((after.ids >= 0).sum()) > 0
+
+
 def test_the_package_needs_torch_alone():
     code = "import sys, cmoe.moe; print(sorted({'omegaconf', 'avalanche', 'timm', 'pytorch_lightning', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

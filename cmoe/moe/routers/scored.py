@@ -153,6 +153,7 @@ class Scored(Router):
         Auxiliary losses are averaged with the shares of the tokens. There is no common score matrix, so no logits.
         """
         order_T, groups, aux = [], [], {}
+        dropped: Tensor | None = None
         for label in task_T.unique().tolist():
             of_label = (task_T == label).nonzero().squeeze(1)
             fields = {
@@ -163,6 +164,8 @@ class Scored(Router):
             routing = self(x_TD.index_select(0, of_label), replace(context, task=int(label), **fields), experts)
             for name, loss in routing.aux.items():
                 aux[name] = aux.get(name, 0.0) + loss * (len(of_label) / len(x_TD))
+            if routing.dropped is not None:
+                dropped = routing.dropped if dropped is None else dropped + routing.dropped
             order_T.append(of_label)
             groups.append(routing)
         back_T = torch.cat(order_T).argsort()
@@ -174,6 +177,7 @@ class Scored(Router):
             weights=weights_TK.index_select(0, back_T),
             columns=experts.ids,
             aux=aux,
+            dropped=dropped,
         )
 
     def _scores(self, x_TD: Tensor, context: RouteContext, columns: Columns) -> tuple[Tensor, Any]:
@@ -223,15 +227,25 @@ class Scored(Router):
             self.learn_from(scores_TE, columns_TK, absent_TK, columns)
         weights_TK = self.weigh(chosen_TE, columns_TK, absent_TK, columns)
         aux = self._losses(scores_TE, chosen_TE, scale_TE, weights_TK, columns_TK, absent_TK, columns, context) if training else {}  # fmt: skip
+        dropped = None
         if self.capacity and context.replay is None:
             late_TK = self._late(columns_TK, absent_TK, weights_TK, len(columns), context)
             weights_TK = weights_TK.masked_fill(late_TK, 0.0)
+            dropped = late_TK.sum()
             absent_TK = late_TK if absent_TK is None else absent_TK | late_TK
         ids_TK = columns.to_ids(columns_TK)
         if absent_TK is not None:
             ids_TK = ids_TK.masked_fill(absent_TK, NONE)
         state = h if self.score.carries_state else None
-        return Routing(ids=ids_TK, weights=weights_TK, logits=scores_TE, columns=columns.ids, aux=aux, state=state)
+        return Routing(
+            ids=ids_TK,
+            weights=weights_TK,
+            logits=scores_TE,
+            columns=columns.ids,
+            aux=aux,
+            state=state,
+            dropped=dropped,
+        )
 
     def _late(
         self, columns_TK: Tensor, absent_TK: Tensor | None, weights_TK: Tensor, n: int, context: RouteContext
