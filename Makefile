@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the version that made requirements.lock; only the bootstrap uses it, the lock holds the rest
 UV := uv==0.13.9
 
-.PHONY: help setup demo test lint format chaos bench docs lock
+.PHONY: help setup demo test lint format chaos bench bench-gpu docs lock
 .DEFAULT_GOAL := help
 export OMP_WAIT_POLICY := passive
 
@@ -15,7 +15,8 @@ help:
 	@echo "make setup   only the .venv, from requirements.lock"
 	@echo "make lint    ruff, type checker, import layers"
 	@echo "make chaos   200 random kills, each resumed and compared bit by bit"
-	@echo "make bench   speed beside a hand-written loop and Avalanche's own"
+	@echo "make bench   speed beside a hand-written loop and Avalanche's own, and the MoE layer's beside other libraries"
+	@echo "make bench-gpu  the MoE layer's on one GPU, in bfloat16"
 	@echo "make docs    the generated references and tables of docs/"
 	@echo "make lock    requirements.lock from pyproject.toml"
 
@@ -53,6 +54,12 @@ chaos: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/stream_overhead.py
+	@$(BIN)/python benchmarks/moe_layer.py
+	@$(BIN)/python benchmarks/moe_scale.py
+
+bench-gpu: setup
+	@$(BIN)/python benchmarks/moe_layer.py --device cuda
+	@$(BIN)/python benchmarks/moe_scale.py --device cuda --dtype bfloat16
 
 docs: setup
 	@$(BIN)/python -m cmoe.cli.reference docs

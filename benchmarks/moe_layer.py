@@ -29,6 +29,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -184,19 +185,24 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
-def cmoe(s: Shape, gated: bool, x: Tensor, path: str = "auto") -> tuple[MoELayer, Contestant]:
-    """Our layer, and it as a contestant."""
+def our_layer(s: Shape, gated: bool, like: Tensor, path: str = "auto") -> MoELayer:
+    """The layer of this package by default options, with the same weights each time."""
     torch.manual_seed(0)
     expert = {"name": "ffn", "activation": "swiglu", "bias": False} if gated else {"name": "ffn"}
-    layer = MoELayer(
-        s.dim, s.hidden, experts=s.experts, expert=expert, router={"name": "topk", "k": s.k}, dispatch=path
-    ).to(x)  # ty: ignore[invalid-argument-type]
+    router = {"name": "topk", "k": s.k}
+    layer = MoELayer(s.dim, s.hidden, experts=s.experts, expert=expert, router=router, dispatch=path)  # ty: ignore[invalid-argument-type]
+    return layer.to(like)
+
+
+def cmoe(layer: MoELayer, s: Shape, gated: bool, x: Tensor) -> Contestant:
+    """Our layer as a contestant: what is not frozen gets a gradient."""
 
     def forward(x_TD: Tensor) -> Output:
         y, routing = layer(x_TD)
         return y, sum(routing.aux.values()) if routing.aux else None  # ty: ignore[invalid-return-type]
 
-    return layer, Contestant(forward, leaf(x), list(layer.parameters()), *whole_layer(s, gated, x.dtype))
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    return Contestant(forward, leaf(x), parameters, *whole_layer(s, gated, x.dtype))
 
 
 def drawn(x: Tensor, fan_in: int, *shape: int) -> nn.Parameter:
@@ -299,6 +305,7 @@ def megablocks(s: Shape, x: Tensor) -> Contestant | str:
     try:
         from megablocks.layers.arguments import Arguments  # ty: ignore[unresolved-import]
         from megablocks.layers.dmoe import dMoE  # ty: ignore[unresolved-import]
+        from megablocks.layers.moe import clear_load_balancing_loss  # ty: ignore[unresolved-import]
     except ImportError as e:
         return f"does not import: {e}"
     options = Arguments(
@@ -306,9 +313,10 @@ def megablocks(s: Shape, x: Tensor) -> Contestant | str:
         ffn_hidden_size=s.hidden,
         moe_num_experts=s.experts,
         moe_top_k=s.k,
+        moe_normalize_expert_weights=1,
         moe_loss_weight=0.0,
         mlp_type="glu",
-        mlp_impl="grouped",
+        mlp_impl="grouped" if find_spec("grouped_gemm") else "sparse",
         activation_fn=F.silu,
         bias=False,
         return_bias=False,
@@ -319,6 +327,7 @@ def megablocks(s: Shape, x: Tensor) -> Contestant | str:
     layer = dMoE(options).to(x)
 
     def forward(x_TD: Tensor) -> Output:
+        clear_load_balancing_loss()  # it would keep every pass's
         out = layer(x_TD.unsqueeze(1))
         return (out[0] if isinstance(out, tuple) else out).squeeze(1), None
 
@@ -356,9 +365,9 @@ def contestants(
     s: Shape, gated: bool, x: Tensor, paths: Sequence[str], limit: float
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Who takes part, and who does not with the reason."""
-    layer, ours = cmoe(s, gated, x)
-    runs: dict[str, Contestant] = {"cmoe": ours, "balanced": balanced(s, gated, x), "dense": dense(s, gated, x)}
-    runs |= {f"cmoe {path}": cmoe(s, gated, x, path)[1] for path in paths}
+    layer = our_layer(s, gated, x)
+    runs = {"cmoe": cmoe(layer, s, gated, x), "balanced": balanced(s, gated, x), "dense": dense(s, gated, x)}
+    runs |= {f"cmoe {path}": cmoe(our_layer(s, gated, x, path), s, gated, x) for path in paths}
     peers: dict[str, Callable[[], Contestant | str]] = {}
     if gated:
         for kind in ("eager", "batched_mm", "grouped_mm"):
@@ -373,8 +382,8 @@ def contestants(
             made = make()
             if not isinstance(made, str):
                 made()
-        except (ImportError, NotImplementedError, RuntimeError, TypeError) as e:  # a peer's failure is a result, no end
-            made = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        except Exception as e:  # a peer that fails is a result, not the end
+            made = f"{type(e).__name__}: {str(e).split(chr(10), 1)[0]}"
         if isinstance(made, str):
             left_out[name] = made
             continue
