@@ -50,6 +50,14 @@ def test_the_table_says_who_was_left_out_and_why(program, capsys):
     assert "<= 1.2" in out
 
 
+def test_what_would_take_too_long_is_left_out_and_named(program, capsys):
+    program("moe_layer").main([*TINY, "--shapes", "4,32,8,16,2", "--dtypes", "float32", "--at-most", "0", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert [(r["ffn"], r["contestant"]) for r in document["rows"]] == [("gelu", "all"), ("swiglu", "all")]
+    assert all("more than --at-most 0 s" in r["left_out"] for r in document["rows"])
+    assert document["bars"] == []
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_flops_are_those_that_torch_counts(program, gated):
     bench = program("moe_layer")
