@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers
-from cmoe.backbones.transformer import blocks, embed
+from cmoe.backbones.transformer import Blocks, embed
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import RouteContext, passed_on
+from cmoe.moe import RouteContext
 
 PADDING = 256  # the token that fills up the end of a text
 
@@ -27,6 +27,8 @@ class ByteLM(Backbone):
         heads: attention heads.
         hidden: units of a feed-forward network; default is 4 · dim.
         dropout: share of features dropped while training.
+        macaron: a feed-forward network before attention too, and half steps for both (Lu et al. 2019); `moe.layers`
+            counts both, so that 'alternate' gives experts to those after attention.
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("bytes",)
@@ -40,6 +42,7 @@ class ByteLM(Backbone):
         heads: PositiveInt = 4,
         hidden: PositiveInt | None = None,
         dropout: Fraction = 0.0,
+        macaron: bool = False,
         *,
         input_shape: tuple[int, ...],
         vocabulary: int | None,
@@ -54,11 +57,11 @@ class ByteLM(Backbone):
         self.positions = nn.Embedding(input_shape[0], dim)
         nn.init.normal_(self.bytes.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
-        self.blocks = blocks(depth, dim, heads, hidden or 4 * dim, dropout, experts)
+        self.blocks = Blocks(depth, dim, heads, hidden or 4 * dim, dropout, experts, macaron)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: RouteContext) -> Features:
-        h, routings = embed(x, self.bytes, self.positions), {}
+        h = embed(x, self.bytes, self.positions)
         valid = x != PADDING
         if not valid.all():  # the end of a text: padding is no token to a router
             context = replace(context, valid=valid)
@@ -66,9 +69,5 @@ class ByteLM(Backbone):
             places = torch.arange(x.shape[1], device=x.device).expand_as(x)
             told = {"token_ids": x, "sequence": torch.arange(x.shape[0], device=x.device), "position": places}
             context = replace(context, **{name: told[name] for name in asked})
-        for i, block in enumerate(self.blocks):
-            h, routing = block(h, True, context)
-            if routing is not None:
-                routings[f"blocks.{i}.mlp"] = routing
-                context = passed_on(context, routing)
+        h, routings = self.blocks(h, True, context)
         return Features(self.norm(h), routings)

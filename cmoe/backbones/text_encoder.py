@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers
-from cmoe.backbones.transformer import Packing, blocks, embed
+from cmoe.backbones.transformer import Blocks, Packing, embed
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import RouteContext, passed_on
+from cmoe.moe import RouteContext
 
 
 class TextEncoder(Backbone):
@@ -25,6 +25,8 @@ class TextEncoder(Backbone):
         heads: attention heads.
         hidden: units of a feed-forward network; default is 4 · dim.
         dropout: share of features dropped while training.
+        macaron: a feed-forward network before attention too, and half steps for both (Lu et al. 2019); `moe.layers`
+            counts both, so that 'alternate' gives experts to those after attention.
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("text",)
@@ -37,6 +39,7 @@ class TextEncoder(Backbone):
         heads: PositiveInt = 4,
         hidden: PositiveInt | None = None,
         dropout: Fraction = 0.1,
+        macaron: bool = False,
         *,
         input_shape: tuple[int, ...],
         vocabulary: int | None,
@@ -50,7 +53,7 @@ class TextEncoder(Backbone):
         self.words = nn.Embedding(vocabulary, dim, padding_idx=0)
         self.positions = nn.Embedding(input_shape[0], dim)
         nn.init.normal_(self.positions.weight, std=0.02)
-        self.blocks = blocks(depth, dim, heads, hidden or 4 * dim, dropout, experts)
+        self.blocks = Blocks(depth, dim, heads, hidden or 4 * dim, dropout, experts, macaron)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: RouteContext) -> Features:
@@ -60,16 +63,12 @@ class TextEncoder(Backbone):
         x, valid = x[:, :length], valid[:, :length]
         valid = valid | (torch.arange(length, device=x.device) == 0)  # an empty text still attends to something
         packing = Packing(valid)  # two thirds of the places are padding, which costs as much as words
-        h, routings = packing.pack(embed(x, self.words, self.positions)), {}
+        h = packing.pack(embed(x, self.words, self.positions))
         if isinstance(context.task, Tensor):
             context = replace(context, task=context.task.index_select(0, packing.sequence()))
         if asked := self.asked():
             told = {"token_ids": packing.pack(x), "sequence": packing.sequence(), "position": packing.position()}
             context = replace(context, **{name: told[name] for name in asked})
-        for i, block in enumerate(self.blocks):
-            h, routing = block(h, False, context, packing)
-            if routing is not None:
-                routings[f"blocks.{i}.mlp"] = routing
-                context = passed_on(context, routing)
+        h, routings = self.blocks(h, False, context, packing)
         count = valid.sum(1, keepdim=True).to(h.dtype)
         return Features(packing.unpack(self.norm(h)).sum(1) / count, routings)

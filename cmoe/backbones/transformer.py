@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmoe.backbones.experts import ExpertLayers, select
-from cmoe.moe import RouteContext, Routing
+from cmoe.moe import RouteContext, Routing, passed_on
 
 
 class Packing:
@@ -78,37 +78,104 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network or layer of experts, each on the normed input of its residual."""
+    """Attention and a feed-forward network or layer of experts, each on the normed input of its residual.
 
-    def __init__(self, dim: int, heads: int, ffn: nn.Module, dropout: float) -> None:
+    A macaron block (Lu et al. 2019, https://arxiv.org/abs/1906.02762) has a feed-forward network before attention too,
+    and adds half of what each of the two gives.
+
+    Args:
+        dim: width of the tokens.
+        heads: attention heads.
+        ffn: what comes after attention.
+        dropout: share of features dropped while training.
+        before: what comes before attention in a macaron block.
+    """
+
+    def __init__(self, dim: int, heads: int, ffn: nn.Module, dropout: float, before: nn.Module | None = None) -> None:
         super().__init__()
+        self.macaron, self.dropout = before is not None, dropout
+        if before is not None:
+            self.norm0, self.mlp0 = nn.LayerNorm(dim), before
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = SelfAttention(dim, heads, dropout)
         self.mlp = ffn
-        self.dropout = dropout
 
     def forward(
         self, x: Tensor, causal: bool, context: RouteContext, packing: Packing | None = None
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Tensor, dict[str, Routing]]:
+        """The tokens, and what the block's layers of experts decided, by the layer's name in the block."""
+        decided: dict[str, Routing] = {}
+        if self.macaron:
+            x = self._feed(x, self.norm0, self.mlp0, "mlp0", context, decided)
+            context = _told(context, decided)
         x = x + F.dropout(self.attention(self.norm1(x), causal, packing), self.dropout, self.training)
-        h, routing = self.norm2(x), None
-        if isinstance(self.mlp, FeedForward):
-            y = self.mlp(h)
+        return self._feed(x, self.norm2, self.mlp, "mlp", context, decided), decided
+
+    def _feed(
+        self, x: Tensor, norm: nn.Module, mlp: nn.Module, name: str, context: RouteContext, decided: dict[str, Routing]
+    ) -> Tensor:
+        if isinstance(mlp, FeedForward):
+            y = mlp(norm(x))
         else:
-            y, routing = self.mlp(h, context)
-        return x + F.dropout(y, self.dropout, self.training), routing
+            y, decided[name] = mlp(norm(x), context)
+        y = F.dropout(y, self.dropout, self.training)
+        return torch.add(x, y, alpha=0.5 if self.macaron else 1.0)
 
 
-def blocks(
-    depth: int, dim: int, heads: int, hidden: int, dropout: float, experts: ExpertLayers | None
-) -> nn.ModuleList:
-    """`depth` blocks of width `dim`; those that `experts` picks have layers of experts."""
-    chosen = select(experts, depth)
-    layers = nn.ModuleList()
-    for i in range(depth):
-        ffn = experts.layer(dim, hidden) if experts is not None and i in chosen else FeedForward(dim, hidden)
-        layers.append(Block(dim, heads, ffn, dropout))
-    return layers
+def _told(context: RouteContext, decided: dict[str, Routing]) -> RouteContext:
+    """The context for the layers that come after these."""
+    for routing in decided.values():
+        context = passed_on(context, routing)
+    return context
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other.
+
+    Args:
+        depth: how many.
+        dim: width of the tokens.
+        heads: attention heads.
+        hidden: units of a dense feed-forward network.
+        dropout: share of features dropped while training.
+        experts: what makes layers of experts of the feed-forward networks that it chooses, counted in the order of
+            depth.
+        macaron: whether each block has a feed-forward network before attention too.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        dim: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        experts: ExpertLayers | None,
+        macaron: bool = False,
+    ) -> None:
+        super().__init__()
+        each = 2 if macaron else 1
+        chosen = select(experts, depth * each)
+
+        def ffn(place: int) -> nn.Module:
+            if experts is not None and place in chosen:
+                return experts.layer(dim, hidden)
+            return FeedForward(dim, hidden)
+
+        for i in range(depth):
+            before = ffn(2 * i) if macaron else None
+            self.append(Block(dim, heads, ffn(each * (i + 1) - 1), dropout, before))
+
+    def forward(
+        self, x: Tensor, causal: bool, context: RouteContext, packing: Packing | None = None
+    ) -> tuple[Tensor, dict[str, Routing]]:
+        """The tokens through all blocks, and what each layer of experts decided, by its name in the backbone."""
+        routings: dict[str, Routing] = {}
+        for i, block in enumerate(self):
+            x, decided = block(x, causal, context, packing)
+            routings.update({f"blocks.{i}.{place}": routing for place, routing in decided.items()})
+            context = _told(context, decided)
+        return x, routings
 
 
 def embed(tokens: Tensor, words: nn.Embedding, positions: nn.Embedding) -> Tensor:

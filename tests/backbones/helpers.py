@@ -18,7 +18,11 @@ SIZES: dict[str, tuple[type[Backbone], dict[str, Any], tuple[int, ...], int | No
     "text_encoder": (TextEncoder, {"depth": 2, "dim": 16, "heads": 2, "hidden": 24, "dropout": 0.0}, (10,), 50),
     "byte_lm": (ByteLM, {"depth": 2, "dim": 16, "heads": 2, "hidden": 24}, (12,), 258),
 }
+for text in ("text_encoder", "byte_lm"):
+    SIZES[f"{text}_macaron"] = (SIZES[text][0], {**SIZES[text][1], "macaron": True}, *SIZES[text][2:])
 NAMES = sorted(SIZES)
+ENCODERS = [name for name in NAMES if SIZES[name][0] is TextEncoder]
+DECODERS = [name for name in NAMES if SIZES[name][0].causal]
 KINDS = ("dense", "topk", "task_table")
 
 

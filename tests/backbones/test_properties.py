@@ -15,17 +15,16 @@ from cmoe.moe import MoELayer, RouteContext
 from cmoe.moe.experts import FFN, Linear
 from cmoe.moe.routers import TaskTable
 
-from .helpers import KINDS, NAMES, SIZES, build, context, inputs
+from .helpers import DECODERS, ENCODERS, KINDS, NAMES, SIZES, build, context, inputs
 
 EVERY = pytest.mark.parametrize(("name", "kind"), [(n, k) for n in NAMES for k in KINDS])
-TEXTS = ("text_encoder", "byte_lm")
 
 
 @EVERY
 def test_features_have_the_declared_shape_and_experts_answer(name: str, kind: str) -> None:
     backbone, x = build(name, kind).eval(), inputs(name, 5)
     features = backbone(x, context(kind, 5))
-    lead = (5, 12) if name == "byte_lm" else (5,)
+    lead = (5, 12) if name in DECODERS else (5,)
     assert features.x.shape == (*lead, backbone.width)
     assert features.x.isfinite().all()
     assert list(features.routings) == list(backbone.moe_layers())
@@ -112,22 +111,24 @@ def copy_dense(module: nn.Module, layer: MoELayer) -> None:
         b[0].copy_(values["bias"])
 
 
+@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [1, 5, 11])
-def test_a_decoder_sees_no_later_byte(kind: str, cut: int) -> None:
-    backbone, x = build("byte_lm", kind).eval(), inputs("byte_lm", 3)
+def test_a_decoder_sees_no_later_byte(name: str, kind: str, cut: int) -> None:
+    backbone, x = build(name, kind).eval(), inputs(name, 3)
     changed = x.clone()
-    changed[:, cut:] = inputs("byte_lm", 3, seed=9)[:, cut:]
+    changed[:, cut:] = inputs(name, 3, seed=9)[:, cut:]
     before, after = (backbone(v, context(kind, 3)).x for v in (x, changed))
     torch.testing.assert_close(after[:, :cut], before[:, :cut], rtol=1e-5, atol=1e-6)
     assert (after[:, cut:] - before[:, cut:]).abs().max() > 1e-3
     assert type(backbone).causal
 
 
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_encoder_sees_both_sides_and_no_padding(kind: str) -> None:
-    backbone = build("text_encoder", kind).eval()
-    x = inputs("text_encoder", 6)
+def test_an_encoder_sees_both_sides_and_no_padding(name: str, kind: str) -> None:
+    backbone = build(name, kind).eval()
+    x = inputs(name, 6)
     x[:3, 4:] = 0
     short = backbone(x[:3], context(kind, 3)).x
     beside_long_ones = backbone(x, context(kind, 6))
@@ -143,10 +144,11 @@ def test_an_encoder_sees_both_sides_and_no_padding(kind: str) -> None:
     assert (backbone(last[:3], context(kind, 3)).x - short).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_empty_text_has_finite_features(kind: str) -> None:
-    backbone = build("text_encoder", kind).eval()
-    x = inputs("text_encoder", 3)
+def test_an_empty_text_has_finite_features(name: str, kind: str) -> None:
+    backbone = build(name, kind).eval()
+    x = inputs(name, 3)
     x[1] = 0
     beside = backbone(x, context(kind, 3)).x
     alone = backbone(x[1:2], RouteContext(task=1 if kind == "task_table" else None)).x
