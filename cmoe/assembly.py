@@ -97,14 +97,16 @@ def _experts(plan: Plan, catalogue: Catalogue) -> ExpertLayers | None:
         entry = catalogue.find(kind, spec["name"])
         return lambda **supplied: entry.create(spec, **supplied)
 
-    return ExpertLayers(
-        moe["experts"],
-        maker("router", moe["router"]),
-        maker("expert", moe["expert"]) if moe["expert"] else None,
-        moe["hidden"],
-        moe["layers"],
-        moe["dispatch"],
-    )
+    def kind(spec: dict[str, Any] | None) -> Callable[..., Any] | None:
+        return maker("expert", spec) if spec else None
+
+    options: dict[str, Any] = {
+        **moe,
+        "router": maker("router", moe["router"]),
+        "expert": kind(moe["expert"]),
+        "more": [{**more, "expert": kind(more["expert"])} for more in moe["more"]],
+    }
+    return ExpertLayers(**options)
 
 
 def _refuse_future(model: Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers, select
@@ -65,7 +65,9 @@ class ConvNet(Backbone):
             assert experts is not None
             block = self.net.stages[blocks[i][0]].blocks[blocks[i][1]]
             dim = block.conv_dw.out_channels
-            block.mlp = experts.layer(dim, block.mlp.fc1.weight.shape[0])
+            mlp = _Pointwise(block.mlp) if block.use_conv_mlp else block.mlp
+            hidden = block.mlp.fc1.weight.shape[0]
+            block.mlp = experts.layer(dim, hidden, instead_of=lambda mlp=mlp: mlp)
 
     def forward(self, x: Tensor, context: RouteContext) -> Features:
         routings: dict = {}
@@ -92,3 +94,14 @@ class ConvNet(Backbone):
         if block.gamma is not None:
             y = y * block.gamma.reshape(1, -1, 1, 1)
         return block.drop_path(y) + block.shortcut(x)
+
+
+class _Pointwise(nn.Module):
+    """A network of 1 × 1 convolutions on vectors (N, D)."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x[:, :, None, None]).flatten(1)

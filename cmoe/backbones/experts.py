@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from cmoe.errors import UserError
 from cmoe.moe import MoELayer
+from cmoe.moe.dispatch import Path
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class ExpertLayers:
         hidden: hidden units of one expert; None is the feed-forward network's own.
         layers: 'all', 'last', 'alternate', or the indices that get experts.
         dispatch: see `cmoe.moe.dispatch`.
+        more: further cohorts, as in `MoELayer`.
+        shared: experts that work on every token.
+        base: 'none', 'frozen' or 'trained': whether the network that was here stays, and the experts add to it.
+        distillation: weight of the mutual distillation loss.
+        recompute: hidden units are computed again for the backward pass.
     """
 
     experts: int
@@ -28,7 +36,12 @@ class ExpertLayers:
     expert: Callable[..., Any] | None = None
     hidden: int | None = None
     layers: str | list[int] = "all"
-    dispatch: Literal["auto", "grouped", "loop", "bmm"] = "auto"
+    dispatch: Path = "auto"
+    more: Sequence[Mapping[str, Any]] = ()
+    shared: int = 0
+    base: Literal["none", "frozen", "trained"] = "none"
+    distillation: float = 0.0
+    recompute: bool = False
 
     def chosen(self, count: int) -> set[int]:
         """Indices, among `count` feed-forward networks, that become Mixture-of-Experts layers.
@@ -47,16 +60,44 @@ class ExpertLayers:
             raise UserError(f"model.moe.layers: expected indices from 0 to {count - 1}, got {self.layers}")
         return {int(i) % count for i in self.layers}
 
-    def layer(self, dim: int, hidden: int, out_dim: int | None = None, default: str = "ffn", **extra: Any) -> MoELayer:
-        """One layer from `dim` to `out_dim` (default `dim`) features; `extra` are options of the default expert."""
+    def layer(
+        self,
+        dim: int,
+        hidden: int,
+        out_dim: int | None = None,
+        *,
+        instead_of: Callable[[], nn.Module],
+        default: str = "ffn",
+        **extra: Any,
+    ) -> MoELayer:
+        """One layer from `dim` to `out_dim` (default `dim`) features.
+
+        Args:
+            dim: input dimension.
+            hidden: hidden units of an expert where the configuration says none.
+            out_dim: output dimension.
+            instead_of: makes the dense network that the layer stands for; asked only where `base` keeps it.
+            default: the kind of expert where the configuration says none.
+            extra: options of the default kind.
+        """
+        base = None if self.base == "none" else instead_of().requires_grad_(self.base == "trained")
+        own = self.expert or {"name": default, **extra}
         return MoELayer(
             dim,
             hidden=self.hidden or hidden,
             out_dim=out_dim,
             experts=self.experts,
-            expert=self.expert or {"name": default, **extra},
+            expert=own,
             router=self.router,
             dispatch=self.dispatch,
+            more=[
+                {"experts": m["experts"], "expert": m["expert"] or own, "hidden": m["hidden"] or self.hidden or hidden}
+                for m in self.more
+            ],
+            shared=self.shared,
+            base=base,
+            distillation=self.distillation,
+            recompute=self.recompute,
         )
 
 

@@ -44,7 +44,17 @@ class MLP(Backbone):
         before = math.prod(input_shape)
         for i, size in enumerate(sizes):
             if experts is not None and i in chosen:
-                self.layers.append(experts.layer(before, size, size, default="linear", activation="relu", init=draw))
+                self.layers.append(
+                    experts.layer(
+                        before,
+                        size,
+                        size,
+                        instead_of=lambda a=before, b=size: nn.Sequential(nn.Linear(a, b), nn.ReLU()),
+                        default="linear",
+                        activation="relu",
+                        init=draw,
+                    )
+                )
             else:
                 self.layers.append(nn.Linear(before, size))
             before = size

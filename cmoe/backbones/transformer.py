@@ -159,7 +159,7 @@ class Blocks(nn.ModuleList):
 
         def ffn(place: int) -> nn.Module:
             if experts is not None and place in chosen:
-                return experts.layer(dim, hidden)
+                return experts.layer(dim, hidden, instead_of=lambda: FeedForward(dim, hidden))
             return FeedForward(dim, hidden)
 
         for i in range(depth):

@@ -68,7 +68,7 @@ class ViT(Backbone):
         for i in select(experts, len(self.vit.blocks)):
             assert experts is not None
             mlp = self.vit.blocks[i].mlp
-            self.vit.blocks[i].mlp = experts.layer(self.width, mlp.fc1.out_features)
+            self.vit.blocks[i].mlp = experts.layer(self.width, mlp.fc1.out_features, instead_of=lambda mlp=mlp: mlp)
 
     def forward(self, x: Tensor, context: RouteContext) -> Features:
         vit, routings = self.vit, {}

@@ -62,7 +62,13 @@ class MoE:
             elsewhere.
         hidden: hidden units of one expert; default is the feed-forward network's own.
         layers: 'all', 'last', 'alternate', or the indices of the layers that get experts.
+        more: further experts of a kind or size of their own (different sizes in one layer; `zero`, `copy`, `constant`).
+        shared: experts that work on every token beside those that the router chooses.
+        base: whether the feed-forward network itself stays and the experts add to it: 'none', 'frozen' (LoRA and
+            adapters on a pretrained network), or 'trained'.
+        distillation: weight of the loss that draws the experts of a token together (mutual distillation, MoDE).
         dispatch: how tokens reach experts: 'auto' picks by shape and device.
+        recompute: hidden units are computed again for the backward pass instead of kept: less memory, more time.
     """
 
     experts: PositiveInt = 4
@@ -70,7 +76,27 @@ class MoE:
     expert: ExpertSpec | None = None
     hidden: PositiveInt | None = None
     layers: Literal["all", "last", "alternate"] | list[int] = "all"
-    dispatch: Literal["auto", "grouped", "loop", "bmm"] = "auto"
+    more: list[MoreExperts] = field(default_factory=list)
+    shared: Count = 0
+    base: Literal["none", "frozen", "trained"] = "none"
+    distillation: NonNegative = 0.0
+    dispatch: Literal["auto", "grouped", "loop", "bmm", "dense"] = "auto"
+    recompute: bool = False
+
+
+@dataclass
+class MoreExperts:
+    """Experts that differ from the layer's first ones.
+
+    Options:
+        experts: how many.
+        expert: what they are; default is as the first ones.
+        hidden: hidden units of one; default is as the first ones.
+    """
+
+    experts: PositiveInt = 1
+    expert: ExpertSpec | None = None
+    hidden: PositiveInt | None = None
 
 
 @dataclass

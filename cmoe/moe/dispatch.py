@@ -1,9 +1,10 @@
-"""How tokens reach their experts: sort by expert, then one of three ways to multiply.
+"""How tokens reach their experts: sort by expert, multiply each expert's rows, add up; or all experts on all tokens.
 
-- `grouped`: one `F.grouped_mm` per linear map. Not for float64, and rows must be multiples of 16 bytes.
-- `loop`: one product per expert over `unbind` (indexing a stacked parameter per expert would make the backward pass
-  quadratic in the number of experts). Takes everything; the reference.
+- `grouped`: one `F.grouped_mm` per linear map. Not for float64, and rows must be multiples of 16 bytes. The only sorted
+  path that need not know on the host how many rows each expert has.
+- `loop`: one product per expert. Takes everything; the reference.
 - `bmm`: rows zero-padded to the fullest expert, one batched product.
+- `dense`: every expert on every token, weighted 0 where it was not chosen: no sorting, nothing data-dependent.
 
 `auto` chooses from the cohort's own shape and row counts, so that what other cohorts do never changes the path of this
 one: a cohort's rows are sorted, gathered and multiplied alike, bit for bit, whatever was added beside it. All operations
@@ -13,129 +14,217 @@ K <= 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from cmoe.moe.view import NONE, ExpertView
+from cmoe.moe.grouped import LOW, float32_is_faster
+from cmoe.moe.view import ExpertView
 
 if TYPE_CHECKING:
     from cmoe.moe.experts.base import Cohorts, Expert
     from cmoe.moe.routing import Routing
 
-Path = Literal["auto", "grouped", "loop", "bmm"]
+Load = list[int] | Tensor
+Path = Literal["auto", "grouped", "loop", "bmm", "dense"]
 PATHS: tuple[str, ...] = get_args(Path)
 
 
+@dataclass(frozen=True)
+class Block:
+    """The rows of one cohort.
+
+    Attributes:
+        key: the cohort's.
+        low, high: where its rows lie among all sorted ones.
+        counts: rows of each of its experts; None where only the device knows.
+        ends: where each expert's rows end, relative to `low`; None where `counts` are known.
+    """
+
+    key: str
+    low: int
+    high: int
+    counts: list[int] | None
+    ends: Tensor | None = None
+
+
+class Sorted:
+    """The assignments of a routing in the order of their experts.
+
+    Args:
+        routing: who works on which token.
+        view: the layer's experts in column order.
+        host: whether row counts may be read; without, the layer must have one cohort.
+    """
+
+    def __init__(self, routing: Routing, view: ExpertView, host: bool = True) -> None:
+        ids_N = routing.ids.reshape(-1)
+        self.k, self.view, self.device = routing.ids.shape[1], view, ids_N.device
+        # assignments to nobody sort behind every expert
+        columns_N = view.to_columns(ids_N, none=len(view))
+        self.sorted_N, self.order_N = columns_N.sort(stable=True)
+        ends_E = torch.searchsorted(self.sorted_N, torch.arange(len(view), device=self.device), right=True)
+        self.token_N = self.order_N if self.k == 1 else self.order_N.div(self.k, rounding_mode="floor")
+        self.ends: list[int] | None = ends_E.tolist() if host else None
+        self._ends_E = ends_E
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each column, where the host knows them."""
+        assert self.ends is not None
+        return [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
+
+    @property
+    def counts_E(self) -> Tensor:
+        """Rows of each column."""
+        return self._ends_E.diff(prepend=self._ends_E.new_zeros(1))
+
+    def blocks(self, idle: bool) -> Iterator[Block]:
+        """The cohorts that have rows, in order; with `idle` also those that have none.
+
+        The last cohort comes even when nobody has any: an empty batch stays in the graph.
+        """
+        if self.ends is None:
+            assert len(self.view.cohorts) == 1
+            yield Block(next(iter(self.view.cohorts)), 0, len(self.order_N), None, self._ends_E.to(torch.int32))
+            return
+        first = 0
+        starts, none_yet = [0, *self.ends], True
+        for key, ids in self.view.cohorts.items():
+            last = first + len(ids)
+            low, high = starts[first], starts[last]
+            if low < high or idle or (none_yet and last == len(self.view)):
+                yield Block(key, low, high, [starts[e + 1] - starts[e] for e in range(first, last)])
+                none_yet = False
+            first = last
+
+
 def dispatch(
-    x_TD: Tensor, routing: Routing, view: ExpertView, cohorts: Cohorts, path: str
-) -> tuple[Tensor, dict[int, int]]:
+    x_TD: Tensor, routing: Routing, view: ExpertView, cohorts: Cohorts, path: str, recompute: bool = False
+) -> tuple[Tensor, Load]:
     """Send tokens to their experts and add up the weighted outputs.
 
     Args:
-        x_TD: tokens.
+        x_TD: tokens, (T, ...): vectors, or whatever unit the experts work on.
         routing: who works on which token; tokens with no expert give 0.
         view: the layer's experts in column order.
         cohorts: the experts' weights.
         path: one of `PATHS`.
+        recompute: keep no hidden units for the backward pass, compute them again (activation checkpointing).
 
     Returns:
-        y_TO, and the number of rows of every expert that got any.
-    """
-    k = routing.ids.shape[1]
-    ids_N = routing.ids.reshape(-1)
-    if view.ascending:
-        # -1 sorts before every expert, so its rows lie before the first start
-        sorted_N, order_N = ids_N.sort(stable=True)
-        starts = torch.searchsorted(sorted_N, view.ids_E(ids_N.device)).tolist()
-    else:
-        columns_N = view.to_columns(ids_N, none=NONE)
-        sorted_N, order_N = columns_N.sort(stable=True)
-        starts = torch.searchsorted(sorted_N, torch.arange(len(view), device=ids_N.device)).tolist()
-    starts.append(ids_N.numel())
-    token_N = order_N if k == 1 else order_N.div(k, rounding_mode="floor")
-    weights_N = routing.weights.reshape(-1)
+        y_TO, and the number of rows of every column: a list, or (E,) where the host does not know.
 
+    Raises:
+        ValueError: `path` cannot run these experts.
+    """
+    if path == "dense" or (path == "auto" and _everybody(routing, view, cohorts)):
+        return _dense(x_TD, routing, view, cohorts, recompute)
+    sort = Sorted(routing, view, _host(path, x_TD, cohorts))
+    weights_N = routing.weights.reshape(-1)
     y_TO: Tensor | None = None
-    used: dict[int, int] = {}
-    first = 0
-    for key, ids in view.cohorts.items():
-        last = first + len(ids)
-        counts = [starts[e + 1] - starts[e] for e in range(first, last)]
-        low, high = starts[first], starts[last]
-        first = last
-        if low == high and (y_TO is not None or last < len(view)):
-            continue  # nobody here; the last cohort keeps an all-empty batch in the graph
-        used.update((expert, count) for expert, count in zip(ids, counts, strict=True) if count)
-        rows = order_N[low:high]
-        tokens = token_N[low:high]
-        out_NO = cohorts[key](x_TD.index_select(0, tokens), counts, path)
-        out_NO = out_NO * weights_N.index_select(0, rows).to(out_NO.dtype).unsqueeze(1)
+    for block, out_NO in outputs(x_TD, sort, cohorts, path, recompute):
+        rows, tokens = sort.order_N[block.low : block.high], sort.token_N[block.low : block.high]
+        weight_N = weights_N.index_select(0, rows).to(out_NO.dtype)
+        out_NO = out_NO * weight_N.view(-1, *[1] * (out_NO.dim() - 1))
         if y_TO is None:
-            y_TO = out_NO.new_zeros(x_TD.shape[0], out_NO.shape[1])
+            y_TO = out_NO.new_zeros(x_TD.shape[0], *out_NO.shape[1:])
         y_TO.index_add_(0, tokens, out_NO)
     assert y_TO is not None, "a layer has at least one cohort"
-    return y_TO, used
+    return y_TO, sort.counts_E if sort.ends is None else sort.counts
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One expert: x (N, I), weight (I, O), bias (O,) or (1, O)."""
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+def outputs(
+    x_TD: Tensor, sort: Sorted, cohorts: Cohorts, path: str, recompute: bool = False
+) -> Iterator[tuple[Block, Tensor]]:
+    """Each cohort's block with what its experts make of their tokens' rows, (N, O), not weighted yet."""
+    for block in sort.blocks(idle=_distributed()):
+        rows = x_TD.index_select(0, sort.token_N[block.low : block.high])
+        yield block, maybe_again(recompute, cohorts[block.key].work, rows, block, path)
 
 
-def batched_linear(x_ECI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Padded experts: x (E, C, I), weight (E, I, O), bias (E, O)."""
-    return torch.bmm(x_ECI, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x_ECI, weight)
+def each_assignment(x_TD: Tensor, routing: Routing, view: ExpertView, cohorts: Cohorts, path: str) -> Tensor:
+    """What each token's experts make of it, one by one, (T, K, O) in the order of the routing's ids; 0 for nobody."""
+    sort = Sorted(routing, view)
+    parts = list(outputs(x_TD, sort, cohorts, "loop" if path == "dense" else path))
+    out_NO = torch.cat([out for _, out in parts])
+    where_N = torch.cat([sort.order_N[block.low : block.high] for block, _ in parts])
+    flat = out_NO.new_zeros(routing.ids.numel(), *out_NO.shape[1:]).index_copy(0, where_N, out_NO)
+    return flat.view(*routing.ids.shape, *out_NO.shape[1:])
 
 
-def run_loop(expert: Expert, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sorted rows through their experts, one after the other."""
-    unbound = [None if p is None else p.unbind(0) for p in expert.stacked()]
-    outputs = []
-    for e, rows in enumerate(x_ND.split(list(counts))):
-        if counts[e] or (e == 0 and not any(counts)):  # an empty batch still has its shape and its graph
-            outputs.append(expert.compute(rows, dense_linear, *(None if p is None else p[e] for p in unbound)))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+def _dense(x_TD: Tensor, routing: Routing, view: ExpertView, cohorts: Cohorts, recompute: bool) -> tuple[Tensor, Load]:
+    tokens = x_TD.shape[0]
+    columns_TK = view.to_columns(routing.ids, none=len(view))
+    weights_TE = routing.weights.new_zeros(tokens, len(view) + 1).scatter_add(1, columns_TK, routing.weights)
+    chosen_E = torch.zeros(len(view) + 1, dtype=torch.int64, device=x_TD.device)
+    chosen_E = chosen_E.scatter_add(0, columns_TK.reshape(-1), torch.ones_like(columns_TK).reshape(-1))[:-1]
+    if routing.ids.shape[1] < len(view):  # a token of nobody may be anything: padding, infinity
+        nobody_T = (columns_TK == len(view)).all(1)
+        x_TD = torch.where(nobody_T.view(-1, *[1] * (x_TD.dim() - 1)), 0.0, x_TD)
+    y_TO: Tensor | None = None
+    first, seen = 0, set(routing.columns or view.ids)
+    for key, ids in view.cohorts.items():
+        own_ET = weights_TE[:, first : first + len(ids)].t()
+        first += len(ids)
+        if seen.isdisjoint(ids):
+            continue
+        out_ETO = maybe_again(recompute, cohorts[key].every, x_TD)
+        y = torch.einsum("et,et...->t...", own_ET.to(out_ETO.dtype), out_ETO)
+        y_TO = y if y_TO is None else y_TO + y
+    assert y_TO is not None, "a layer has at least one cohort"
+    known = x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+    return y_TO, chosen_E.tolist() if known else chosen_E
 
 
-def run_grouped(expert: Expert, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sorted rows through their experts by grouped products."""
-    device = x_ND.device
-    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
-    expert_N = _expert_of_rows(counts, device)
-    # grouped_mm is not among the operations that autocast casts
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x_ND.dtype
+def _everybody(routing: Routing, view: ExpertView, cohorts: Cohorts) -> bool:
+    """Whether each token goes to each visible expert, whole cohorts of them, so that there is nothing to sort.
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.grouped_mm(x.to(dtype), weight.to(dtype), offs=ends)
-        return y if bias is None else y + bias.to(dtype).index_select(0, expert_N)
-
-    return expert.compute(x_ND, linear, *expert.stacked())
-
-
-def run_bmm(expert: Expert, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sorted rows through their experts by one batched product over padded blocks."""
-    n, width = len(counts), max(counts)
-    if min(counts) == width:  # balanced: nothing to pad
-        blocks = expert.compute(x_ND.view(n, width, x_ND.shape[1]), batched_linear, *expert.stacked())
-        return blocks.reshape(n * width, blocks.shape[2])
-    starts = [0, *accumulate(counts)]
-    shift = torch.tensor([e * width - starts[e] for e in range(n)], dtype=torch.int64, device=x_ND.device)
-    slots_N = torch.arange(x_ND.shape[0], device=x_ND.device) + shift.index_select(
-        0, _expert_of_rows(counts, x_ND.device)
-    )
-    padded = x_ND.new_zeros(n * width, x_ND.shape[1]).index_copy(0, slots_N, x_ND).view(n, width, x_ND.shape[1])
-    blocks = expert.compute(padded, batched_linear, *expert.stacked())
-    return blocks.reshape(n * width, blocks.shape[2]).index_select(0, slots_N)
+    What is not visible takes no part in the answer: it must not change how the others are computed.
+    """
+    k = routing.ids.shape[1]
+    if k == 1 or k < len(routing.columns) or not routing.columns or torch.compiler.is_compiling():
+        return False
+    seen = set(routing.columns)
+    if sum(len(ids) for ids in view.cohorts.values() if not seen.isdisjoint(ids)) > k:
+        return False
+    low = routing.ids.device.type == "cpu" and any(p.dtype in LOW for c in cohorts.values() for p in c.parameters())
+    return not low and bool((routing.ids >= 0).all())
 
 
-def _expert_of_rows(counts: Sequence[int], device: torch.device) -> Tensor:
-    counts_E = torch.tensor(counts, dtype=torch.int64, device=device)
-    return torch.repeat_interleave(torch.arange(len(counts), device=device), counts_E, output_size=sum(counts))
+def _host(path: str, x_TD: Tensor, cohorts: Cohorts) -> bool:
+    """Whether to wait for the row counts: always, but where one cohort's grouped products can do without."""
+    if len(cohorts) > 1 or path not in ("auto", "grouped"):
+        return True
+    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling():
+        return True
+    (cohort,) = cohorts.values()
+    return grouped_refusal(cohort, working_dtype(x_TD)) is not None
+
+
+def maybe_again(recompute: bool, run: Callable[..., Tensor], *args: object) -> Tensor:
+    """`run(*args)`; with `recompute` its intermediate results are computed again for the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(run, *args, use_reentrant=False)
+    return run(*args)
+
+
+def _distributed() -> bool:
+    """Whether other processes wait for every parameter's gradient, those of experts without a token included."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+# -- which way to multiply ------------------------------------------------------------------------------------------
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The type that products are computed in: autocast's, or the rows' own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def grouped_refusal(expert: Expert, dtype: torch.dtype) -> str | None:
@@ -147,37 +236,33 @@ def grouped_refusal(expert: Expert, dtype: torch.dtype) -> str | None:
     return f"needs dimensions that are multiples of 16 bytes, not {uneven} of {dtype}" if uneven else None
 
 
-RUNNERS = {"loop": run_loop, "grouped": run_grouped, "bmm": run_bmm}
-
-
-def choose(expert: Expert, counts: Sequence[int], x_ND: Tensor, path: str) -> str:
-    """The way to multiply for one cohort.
+def choose(expert: Expert, counts: Sequence[int] | None, x_ND: Tensor, path: str) -> str:
+    """The way to multiply for one cohort; without `counts` only `grouped` will do.
 
     Raises:
         ValueError: `grouped` is asked for and cannot do it.
     """
-    if path in ("grouped", "auto"):
-        device = x_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
-        refusal = grouped_refusal(expert, dtype)
-        if path == "grouped":
-            if refusal:
-                raise ValueError(f"dispatch: grouped {refusal}; use 'auto', 'loop' or 'bmm'")
-            return path
-        return _auto(counts, x_ND, refusal is None)
-    return path
+    if path not in ("grouped", "auto"):
+        return path
+    refusal = grouped_refusal(expert, working_dtype(x_ND))
+    if path == "grouped":
+        if refusal:
+            raise ValueError(f"dispatch: grouped {refusal}; use 'auto', 'loop' or 'bmm'")
+        return path
+    return path_for(counts, x_ND, refusal is None)
 
 
-def _auto(counts: Sequence[int], x_ND: Tensor, can_group: bool) -> str:
-    # From medians of forward + backward over twelve shapes on one thread of an AMD EPYC: many rows per expert
-    # fill a product each; few do better together; bfloat16 is fastest in batched products.
-    rows, n = x_ND.shape[0], len(counts)
+def path_for(counts: Sequence[int] | None, x_ND: Tensor, can_group: bool) -> str:
+    """What `auto` is for a cohort with these row counts."""
+    if counts is None:
+        return "grouped"
     if x_ND.device.type != "cpu":
         return "grouped" if can_group else "bmm"
-    low = x_ND.dtype in (torch.bfloat16, torch.float16)
-    if rows >= (1024 if low else 256) * n:
+    dtype = working_dtype(x_ND)
+    if dtype in LOW and float32_is_faster("cpu"):
         return "loop"
-    snug = n * max(counts) <= (4 if low else 2) * rows  # how much padding is worth it
-    if can_group and not (low and snug):
-        return "grouped"
-    return "bmm" if snug else "loop"
+    rows, n, most = x_ND.shape[0], len(counts), max(counts)
+    if n * most <= 1.02 * rows:  # balanced: nothing to pad
+        return "bmm"
+    # few rows per expert: what a call from Python costs counts, and grouped products loop in C++
+    return "grouped" if can_group and rows < 256 * n else "loop"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cmoe.moe import lifecycle
-from cmoe.moe.dispatch import PATHS, Path, dispatch
-from cmoe.moe.experts import EXPERTS, Cohorts, Expert
+from cmoe.moe import lifecycle, soft
+from cmoe.moe.dispatch import PATHS, Path, dispatch, each_assignment, maybe_again
+from cmoe.moe.experts import Cohorts, Expert
+from cmoe.moe.kinds import Kind, Spec, resolve
+from cmoe.moe.losses import mutual_distillation_loss
 from cmoe.moe.optimizer import ParameterChange
 from cmoe.moe.routers import ROUTERS
-from cmoe.moe.routing import NO_CONTEXT, RouteContext, Router, Routing, UniformRouting
-from cmoe.moe.view import ExpertView
-
-Spec = str | Mapping[str, Any] | Callable[..., Any]
+from cmoe.moe.routing import (
+    NO_CONTEXT,
+    MergeRouting,
+    RouteContext,
+    Router,
+    Routing,
+    SoftRouting,
+    UniformRouting,
+)
+from cmoe.moe.view import NONE, ExpertView
 
 
 class MoELayer(nn.Module):
@@ -40,13 +49,24 @@ class MoELayer(nn.Module):
         expert: a kind's name, a mapping `name:` with options, or a callable taking n, dim, hidden and out_dim as
             keywords and returning an `Expert`.
         router: likewise; the callable takes dim.
-        dispatch: 'auto', 'grouped', 'loop' or 'bmm'.
+        dispatch: 'auto', 'grouped', 'loop', 'bmm' or 'dense', see `cmoe.moe.dispatch`.
+        more: further cohorts of a kind or size of their own: mappings with `experts`, and `expert` and `hidden` where
+            they differ from the layer's (experts of different sizes: HMoE, Wang et al. 2024; zero, copy and constant
+            experts: MoE++, Jin et al. 2024).
+        shared: experts that work on every token beside those that the router chooses, with weight 1 (DeepSeekMoE, Dai
+            et al. 2024; with one of them and a router of k = 1 the residual MoE of Rajbhandari et al. 2022).
+        base: a module (..., D) to (..., O) whose output the experts add to, such as the feed-forward network that was
+            here before (experts as LoRA or adapters). Freeze it to keep it.
+        distillation: weight of the mutual distillation loss among the experts of a token (MoDE, Xie et al. 2024).
+        recompute: keep no hidden units for the backward pass but compute them again: less memory, more time. Routing is
+            not repeated, so that its noise, counters and losses are as without.
 
     Raises:
         ValueError: a name or option is unknown or out of range.
     """
 
     _anchor: Tensor
+    _tally: Tensor
 
     def __init__(
         self,
@@ -58,25 +78,50 @@ class MoELayer(nn.Module):
         expert: Spec = "ffn",
         router: Spec = "topk",
         dispatch: Path = "auto",
+        more: Sequence[Mapping[str, Any]] = (),
+        shared: int = 0,
+        base: nn.Module | None = None,
+        distillation: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if dispatch not in PATHS:
             raise ValueError(f"dispatch: expected one of {PATHS}, got {dispatch!r}")
         self.dim, self.hidden, self.out_dim = dim, hidden, out_dim or dim
-        self.dispatch = dispatch
-        self._factory, self._options = _resolve("expert", expert, EXPERTS)
-        make_router, router_options = _resolve("router", router, ROUTERS)
+        self.dispatch, self.distillation, self.recompute = dispatch, distillation, recompute
+        make_router, router_options = resolve("router", router, ROUTERS)
         self.router: Router = make_router(dim=dim, **router_options)
+        self.kinds = [Kind.of(expert, hidden)]
         self.cohorts = Cohorts()
         self.cohort_ids: dict[str, tuple[int, ...]] = {}
+        self.cohort_kinds: dict[str, int] = {}
         self.frozen_keys: set[str] = set()
         self.tasks: dict[int, tuple[int, ...]] = {}
-        self.usage: dict[int, int] = {}
+        self._usage: dict[int, int] = {}
         self._next_expert = self._next_cohort = 0
         self.view = ExpertView({}, {})
         # goes where the layer goes: new experts get its device and type
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
+        self.register_buffer("_tally", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.add_experts(experts)
+        for entry in more:
+            options: dict[str, Any] = {"experts": 1, "expert": expert, "hidden": hidden} | dict(entry)
+            if unknown := sorted(set(options) - {"experts", "expert", "hidden"}):
+                raise ValueError(f"more: expected 'experts', 'expert' and 'hidden', got {unknown[0]!r}")
+            self.kinds.append(Kind.of(options["expert"], options["hidden"]))
+            lifecycle.add(self, options["experts"], "fresh", None, None, len(self.kinds) - 1)
+        self._built = len(self.kinds)  # those that a layer of the same arguments has too
+        self.shared: Expert | None = None
+        if shared:
+            width = self.cohorts["0"].hidden or self.out_dim
+            self.shared = self.kinds[0].make(1, dim, self.out_dim, hidden=shared * width)
+            self.shared.reset_parameters()
+        self.base = base
+
+    @property
+    def inner(self) -> int:
+        """Dimensions between the leading ones and D that belong to one unit: 0 for tokens, 2 for feature maps."""
+        return next(iter(self.cohorts.values())).inner
 
     def forward(self, x: Tensor, context: RouteContext | None = None) -> tuple[Tensor, Routing]:
         """Route tokens and combine their experts' outputs.
@@ -91,31 +136,69 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: the router misses something in the context, or it does not fit x.
         """
-        lead = x.shape[:-1]
+        inner = self.inner
+        lead, unit = x.shape[: x.dim() - 1 - inner], x.shape[x.dim() - 1 - inner : -1]
         context = NO_CONTEXT if context is None else context.for_tokens(lead)
-        x_TD = x if x.dim() == 2 else x.reshape(-1, self.dim)
-        routing = self.router(x_TD, context, self.view)
+        if "sequence" in self.router.needs and context.sequence is None and len(lead) > 1:
+            context = replace(context, sequence=_sequences(lead, x.device))
+        x_TD = x.reshape(-1, *unit, self.dim)
+        routed_TD = x_TD if not inner else x_TD.flatten(1, inner).mean(1)
+        routing = self.router(routed_TD, context, self.view)
+        y_TO = self._combined(x_TD, routing)
+        if self.shared is not None:
+            y_TO = y_TO + self._for_valid(maybe_again(self.recompute, self.shared.single, x_TD, 0), context)
+        if self.base is not None:
+            y_TO = y_TO + self._for_valid(self.base(x_TD), context)
+        return y_TO.reshape(*lead, *unit, self.out_dim), routing
+
+    def _combined(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if isinstance(routing, UniformRouting):
-            y_TO = self._uniform(x_TD, routing)
-            used = dict.fromkeys(routing.experts, x_TD.shape[0])
-        else:
-            y_TO, used = dispatch(x_TD, routing, self.view, self.cohorts, self.dispatch)
+            if self.training:
+                for expert in routing.experts:
+                    self._usage[expert] = self._usage.get(expert, 0) + x_TD.shape[0]
+            return self._uniform(x_TD, routing)
+        if isinstance(routing, SoftRouting):
+            return soft.mix(x_TD, routing, self.view, self.cohorts)
+        if isinstance(routing, MergeRouting):
+            return soft.merge(x_TD, routing, self.view, self.cohorts)
+        if self.distillation and self.training:
+            return self._distilled(x_TD, routing)
+        y_TO, load = dispatch(x_TD, routing, self.view, self.cohorts, self.dispatch, self.recompute)
         if self.training:
-            for expert, count in used.items():
-                self.usage[expert] = self.usage.get(expert, 0) + count
-        return (y_TO if x.dim() == 2 else y_TO.view(*lead, self.out_dim)), routing
+            self._count(load)
+        return y_TO
+
+    def _count(self, load: list[int] | Tensor) -> None:
+        if isinstance(load, Tensor):  # the host does not know, and need not wait
+            self._tally.add_(load)
+            return
+        for expert, count in zip(self.ids, load, strict=True):
+            if count:
+                self._usage[expert] = self._usage.get(expert, 0) + count
 
     def _uniform(self, x_TD: Tensor, routing: UniformRouting) -> Tensor:
         # Every token to the same experts: dense layers, nothing to sort.
         y_TO: Tensor | None = None
         for expert in routing.experts:
             key, row = self.view.where[expert]
-            out_TO = self.cohorts[key].single(x_TD, row)
+            out_TO = maybe_again(self.recompute, self.cohorts[key].single, x_TD, row)
             y_TO = out_TO if y_TO is None else y_TO + out_TO
         assert y_TO is not None
         if len(routing.experts) > 1:
             y_TO = y_TO * (1.0 / len(routing.experts))
-        return y_TO if routing.valid is None else y_TO.masked_fill(~routing.valid.unsqueeze(1), 0.0)
+        return y_TO if routing.valid is None else _masked(y_TO, routing.valid)
+
+    def _distilled(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        each_TKO = each_assignment(x_TD, routing, self.view, self.cohorts, self.dispatch)
+        present_TK = routing.ids != NONE
+        loss = mutual_distillation_loss(each_TKO.flatten(2), present_TK)
+        routing.aux["distillation"] = self.distillation * loss
+        columns_N = self.view.to_columns(routing.ids, none=len(self.view)).reshape(-1)
+        self._count(torch.bincount(columns_N, minlength=len(self.view) + 1)[:-1].tolist())
+        return torch.einsum("tk,tk...->t...", routing.weights.to(each_TKO.dtype), each_TKO)
+
+    def _for_valid(self, y_TO: Tensor, context: RouteContext) -> Tensor:
+        return y_TO if context.valid is None else _masked(y_TO, context.valid)
 
     # -- experts at run time ------------------------------------------------------------------------------------
 
@@ -123,6 +206,14 @@ class MoELayer(nn.Module):
     def ids(self) -> tuple[int, ...]:
         """Ids of all experts, in the order of the router's columns."""
         return self.view.ids
+
+    @property
+    def usage(self) -> dict[int, int]:
+        """Tokens that each expert worked on while training, by id; experts without any may be missing."""
+        if len(self._tally):
+            self._count(self._tally.tolist())
+            self._tally.zero_()
+        return self._usage
 
     @property
     def frozen_ids(self) -> set[int]:
@@ -135,6 +226,8 @@ class MoELayer(nn.Module):
         init: Literal["fresh", "copy", "zero"] = "fresh",
         source: int | None = None,
         tasks: Iterable[int] | int | None = None,
+        expert: str | Mapping[str, Any] | None = None,
+        hidden: int | None = None,
     ) -> list[int]:
         """Add a cohort of experts and its router columns; existing parameters stay the very same objects.
 
@@ -144,6 +237,8 @@ class MoELayer(nn.Module):
                 Router columns are always drawn.
             source: id to copy; default is the expert most used in training (the lowest id among equals).
             tasks: task labels that the new experts are assigned to, beside those assigned already.
+            expert: their kind, by name or as a mapping `name:` with options; default is the layer's first.
+            hidden: hidden units of one of them; default is the layer's.
 
         Returns:
             Their ids. Their parameters are new to an optimizer (`migrate_optimizer(..., added=layer.parameters())`).
@@ -151,7 +246,8 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: n < 1, an unknown `init` or `source`, or a kind that has no output of 0.
         """
-        return lifecycle.add(self, n, init, source, tasks)
+        kind = 0 if expert is None and hidden is None else self.kind_number(expert, hidden)
+        return lifecycle.add(self, n, init, source, tasks, kind)
 
     def freeze(self, ids: Iterable[int]) -> ParameterChange:
         """Freeze experts and their router columns: no gradient, bit-identical under any optimizer.
@@ -198,9 +294,15 @@ class MoELayer(nn.Module):
             "next_expert": self._next_expert,
             "next_cohort": self._next_cohort,
             "cohorts": [
-                {"key": key, "experts": list(ids), "frozen": int(key in self.frozen_keys)}
+                {
+                    "key": key,
+                    "experts": list(ids),
+                    "frozen": int(key in self.frozen_keys),
+                    "kind": self.cohort_kinds[key],
+                }
                 for key, ids in self.cohort_ids.items()
             ],
+            "kinds": [kind.plain() for kind in self.kinds[self._built :]],
             "tasks": [[task, list(ids)] for task, ids in self.tasks.items()],
             "usage": [[expert, count] for expert, count in sorted(self.usage.items())],
         }
@@ -211,27 +313,34 @@ class MoELayer(nn.Module):
         Cohorts that are here already stay; others come with weights of zero, to be loaded. Build optimizers afterwards.
         """
         cohorts = {entry["key"]: tuple(entry["experts"]) for entry in structure["cohorts"]}
+        self.kinds[self._built :] = [Kind.of(entry["expert"], entry["hidden"]) for entry in structure.get("kinds", ())]
+        kinds = {entry["key"]: entry.get("kind", 0) for entry in structure["cohorts"]}
         for key in list(self.cohort_ids):
-            if cohorts.get(key) != self.cohort_ids[key]:
+            if cohorts.get(key) != self.cohort_ids[key] or kinds[key] != self.cohort_kinds[key]:
                 for modules in self.stacked_modules():
                     if key in modules:
                         del modules[key]
         for key, ids in cohorts.items():
             if key not in self.cohorts:
-                self.install(key, self.new_cohort(len(ids)), fresh=False)
+                self.install(key, self.new_cohort(len(ids), kinds[key]), fresh=False)
+        self.cohort_kinds = kinds
         self._next_expert, self._next_cohort = structure["next_expert"], structure["next_cohort"]
         self.frozen_keys = {entry["key"] for entry in structure["cohorts"] if entry["frozen"]}
         self.tasks = {task: tuple(ids) for task, ids in structure["tasks"]}
-        self.usage = {expert: count for expert, count in structure["usage"]}  # noqa: C416
+        self._tally.zero_()
+        self._usage = {expert: count for expert, count in structure["usage"]}  # noqa: C416
         self.set_cohorts(cohorts)
         self.apply_frozen()
 
     def parameter_counts(self) -> tuple[int, int]:
-        """Parameters in all, and those active for one token (the router's all, and its experts')."""
-        router = sum(p.numel() for p in self.router.parameters())
+        """Parameters in all, and those active for one token: all that no router chooses, and its experts'.
+
+        Among experts of different sizes a token is taken to go to the largest.
+        """
+        always = sum(p.numel() for part in (self.router, self.shared, self.base) if part for p in part.parameters())
         experts = sum(p.numel() for p in self.cohorts.parameters())
         one = max(sum(p[0].numel() for p in cohort.parameters()) for cohort in self.cohorts.values())
-        return router + experts, router + one * self.router.experts_per_token(self.view)
+        return always + experts, always + one * self.router.experts_per_token(self.view)
 
     # -- for lifecycle.py ---------------------------------------------------------------------------------------
 
@@ -258,7 +367,10 @@ class MoELayer(nn.Module):
             ordered = {key: modules[key] for key in self.cohort_ids if key in modules}
             modules.clear()
             modules.update(ordered)
+        self.cohort_kinds = {key: self.cohort_kinds[key] for key in self.cohort_ids}
+        _ = self.usage  # counted by column: taken in before the columns change
         self.view = ExpertView(self.cohort_ids, self.tasks)
+        self._tally = self._tally.new_zeros(len(self.view))
 
     def apply_frozen(self) -> None:
         """Make `requires_grad` agree with `frozen_keys`; a frozen parameter loses a gradient left from before."""
@@ -274,9 +386,17 @@ class MoELayer(nn.Module):
         self._next_expert += n
         return tuple(range(self._next_expert - n, self._next_expert))
 
-    def new_cohort(self, n: int) -> Expert:
-        """A cohort of this layer's kind with weights of zero, not yet part of the layer."""
-        return self._factory(n=n, dim=self.dim, hidden=self.hidden, out_dim=self.out_dim, **self._options)
+    def kind_number(self, expert: str | Mapping[str, Any] | None, hidden: int | None) -> int:
+        """The index among `kinds` of what a caller asks for; a new one comes last."""
+        wanted = self.kinds[0].like(expert, hidden)
+        if wanted not in self.kinds:
+            wanted.plain()  # refuses what could not be saved
+            self.kinds.append(wanted)
+        return self.kinds.index(wanted)
+
+    def new_cohort(self, n: int, kind: int = 0) -> Expert:
+        """A cohort of one of this layer's kinds with weights of zero, not yet part of the layer."""
+        return self.kinds[kind].make(n, self.dim, self.out_dim)
 
     def install(self, key: str, cohort: Expert, fresh: bool) -> None:
         """Make a cohort part of the layer, with router columns that are drawn (`fresh`) or zero."""
@@ -292,14 +412,13 @@ class MoELayer(nn.Module):
         return f"dim={self.dim}, out_dim={self.out_dim}, experts={len(self.ids)}, dispatch={self.dispatch}"
 
 
-def _resolve(kind: str, spec: Spec, known: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    if isinstance(spec, Mapping):
-        options = dict(spec)
-        spec = options.pop("name", "")
-    else:
-        options = {}
-    if isinstance(spec, str):
-        if spec not in known:
-            raise ValueError(f"{kind}: expected one of {sorted(known)}, got {spec!r}")
-        return known[spec], options
-    return spec, options
+def _masked(y_TO: Tensor, valid_T: Tensor) -> Tensor:
+    return y_TO.masked_fill(~valid_T.view(-1, *[1] * (y_TO.dim() - 1)), 0.0)
+
+
+def _sequences(lead: Sequence[int], device: torch.device) -> Tensor:
+    """The sequence of each token where the last leading dimension is the position."""
+    count = 1
+    for size in lead[:-1]:
+        count *= size
+    return torch.arange(count, device=device).repeat_interleave(lead[-1])

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from cmoe.moe.layer import MoELayer
 
 
-def add(layer: MoELayer, n: int, init: str, source: int | None, tasks: Iterable[int] | int | None) -> list[int]:
+def add(
+    layer: MoELayer, n: int, init: str, source: int | None, tasks: Iterable[int] | int | None, kind: int = 0
+) -> list[int]:
     """See `MoELayer.add_experts`."""
     if n < 1:
         raise ValueError(f"add_experts: expected at least 1, got {n}")
@@ -28,11 +30,16 @@ def add(layer: MoELayer, n: int, init: str, source: int | None, tasks: Iterable[
     if source is not None:
         layer.check_ids([source])
     elif init == "copy":
-        source = max(sorted(layer.ids), key=lambda expert: layer.usage.get(expert, 0))
-    cohort = layer.new_cohort(n)
+        alike = [e for e in sorted(layer.ids) if layer.cohort_kinds[layer.view.where[e][0]] == kind]
+        if not alike:
+            raise ValueError("init: copy is not possible for the first experts of a kind")
+        source = max(alike, key=lambda expert: layer.usage.get(expert, 0))
+    cohort = layer.new_cohort(n, kind)
     if init == "copy":
         assert source is not None
         key, row = layer.view.where[source]
+        if layer.cohort_kinds[key] != kind:
+            raise ValueError(f"source: expected an expert of the same kind, got {source}")
         with torch.no_grad():
             for new, old in zip(cohort.parameters(), layer.cohorts[key].parameters(), strict=True):
                 new.copy_(old[row : row + 1].expand_as(new))
@@ -42,6 +49,7 @@ def add(layer: MoELayer, n: int, init: str, source: int | None, tasks: Iterable[
             cohort.zero_output()
     key, ids = layer.new_key(), layer.new_ids(n)
     layer.install(key, cohort, fresh=True)
+    layer.cohort_kinds[key] = kind
     for task in [tasks] if isinstance(tasks, int) else tasks or ():
         layer.tasks[task] = (*layer.tasks.pop(task, ()), *ids)  # popped, so that it is the last one assigned
     layer.set_cohorts({**layer.cohort_ids, key: ids})
@@ -99,6 +107,7 @@ def isolate(layer: MoELayer, ids: Iterable[int]) -> tuple[list[str], ParameterCh
                 modules[key], modules[part] = take(whole, outside, change), take(whole, inside, change)
         if key in layer.frozen_keys:
             layer.frozen_keys.add(part)
+        layer.cohort_kinds[part] = layer.cohort_kinds[key]
         members[key] = tuple(experts[row] for row in outside)
         members[part] = tuple(experts[row] for row in inside)
         keys.append(part)
@@ -152,7 +161,7 @@ def remove(layer: MoELayer, ids: Iterable[int]) -> ParameterChange:
             layer.tasks[task] = left
         else:
             del layer.tasks[task]
+    layer.set_cohorts(members)
     for expert in gone:
         layer.usage.pop(expert, None)
-    layer.set_cohorts(members)
     return change

@@ -91,6 +91,8 @@ NO_CONTEXT = RouteContext()
 class Routing:
     """Sparse assignments of tokens to experts.
 
+    Two further kinds are no assignments: `SoftRouting` and `MergeRouting`, whose ids have K = 0.
+
     Attributes:
         ids: (T, K) int64 stable expert ids, -1 = none.
         weights: (T, K) non-negative combination weights, 0 where the id is -1; float32 (float64 for float64 inputs).
@@ -99,9 +101,10 @@ class Routing:
         columns: the expert id of each logit column.
         aux: named auxiliary losses, scalars already multiplied by their weights: add them all to the loss. Empty
             outside training.
-        kind: 'sparse'.
+        kind: 'sparse', 'soft' or 'merge'.
         state: what the next layer's router gets as `RouteContext.state`; None for most routers.
         dropped: how many assignments were lost to the experts' capacity, an int64 scalar; None for a router without any.
+        valid: (T,) bool as in the context: False for padding, which is no token to any count; None is all.
     """
 
     ids: Tensor
@@ -113,6 +116,7 @@ class Routing:
     kind: str = "sparse"
     state: Tensor | None = None
     dropped: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def passed_on(context: RouteContext, routing: Routing) -> RouteContext:
@@ -146,6 +150,49 @@ class UniformRouting(Routing):
         k = len(self.experts)
         weights_TK = torch.full((self.tokens, k), 1.0 / k, dtype=self.dtype, device=self.device)
         return weights_TK if self.valid is None else weights_TK.masked_fill(~self.valid.unsqueeze(1), 0.0)
+
+
+class SoftRouting(Routing):
+    """Experts work on slots, which are mixtures of a group's tokens (Soft MoE): nothing is assigned, all is weighed.
+
+    A group is a sequence; its tokens are padded to the longest. S slots of the visible experts, in column order.
+
+    Attributes:
+        dispatch_GLS: how much of each token is in each slot; 0 for padding.
+        combine_GLS: how much of each slot's output each token gets; 0 for padding.
+        slots: slots of one expert.
+        place_T: where each token is among the G · L places; None when token t is at place t.
+    """
+
+    def __init__(
+        self,
+        dispatch_GLS: Tensor,
+        combine_GLS: Tensor,
+        slots: int,
+        columns: tuple[int, ...],
+        place_T: Tensor | None = None,
+    ) -> None:
+        tokens = dispatch_GLS.shape[0] * dispatch_GLS.shape[1] if place_T is None else len(place_T)
+        super().__init__(*_nobody(tokens, dispatch_GLS), columns=columns, kind="soft")
+        self.dispatch_GLS, self.combine_GLS, self.slots, self.place_T = dispatch_GLS, combine_GLS, slots, place_T
+
+
+class MergeRouting(Routing):
+    """Each group of tokens has an expert of its own, merged from all by their weights (SMEAR).
+
+    Attributes:
+        weights_GE: what each visible expert contributes to each group's expert, in column order.
+        group_T: the group of each token; None when all are in one.
+    """
+
+    def __init__(self, weights_GE: Tensor, group_T: Tensor | None, tokens: int, columns: tuple[int, ...]) -> None:
+        super().__init__(*_nobody(tokens, weights_GE), columns=columns, kind="merge")
+        self.weights_GE, self.group_T = weights_GE, group_T
+
+
+def _nobody(tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and weights of tokens that are not assigned to anyone."""
+    return torch.empty(tokens, 0, dtype=torch.int64, device=like.device), like.new_empty(tokens, 0)
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:

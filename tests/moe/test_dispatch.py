@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmoe.moe import MoELayer, RouteContext, Router, Routing
-from cmoe.moe.dispatch import choose, run_bmm, run_grouped, run_loop
+from cmoe.moe.dispatch import choose
 from cmoe.moe.experts import FFN
 
 
@@ -25,17 +25,14 @@ def test_paths_agree_with_each_expert_on_its_own_rows(counts):
     cohort.reset_parameters()
     x = torch.randn(sum(counts), 8, requires_grad=True)
     expected = torch.cat([cohort.single(rows, e) for e, rows in enumerate(x.split(counts))])
-    runners = (run_loop, run_grouped, run_bmm) if sum(counts) else (run_loop,)
     direction = torch.randn_like(expected)
     grads = torch.autograd.grad((expected * direction).sum(), [x, *cohort.parameters()])
-    for run in runners:
-        y = run(cohort, x, counts)
+    for path in ("auto", "grouped", "loop", "bmm"):
+        y = cohort(x, counts, path)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
         mine = torch.autograd.grad((y * direction).sum(), [x, *cohort.parameters()])
         for a, b in zip(mine, grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    for path in ("auto", "grouped", "loop", "bmm"):
-        torch.testing.assert_close(cohort(x, counts, path), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["auto", "grouped", "loop", "bmm"])
@@ -62,17 +59,16 @@ def test_tokens_without_any_expert_give_zero(path):
 
 def test_the_choice_depends_on_the_cohort_alone():
     cohort, odd = FFN(8, 16, 32, 16), FFN(8, 7, 9, 7)
-    x = torch.randn(0, 16)
-    few, many, skewed = [4] * 8, [300] * 8, [1] * 7 + [400]
-    at = {name: torch.zeros(sum(counts), 16) for name, counts in (("few", few), ("many", many), ("skewed", skewed))}
-    assert choose(cohort, few, at["few"], "auto") == "grouped"
-    assert choose(cohort, many, at["many"], "auto") == "loop"
-    assert choose(cohort, few, at["few"].bfloat16(), "auto") == "bmm"
-    assert choose(cohort, few, at["few"].double(), "auto") == "bmm"
-    assert choose(cohort, skewed, at["skewed"].double(), "auto") == "loop"
-    assert choose(odd, few, at["few"], "auto") == "bmm"
+    few, many, even = [4, 2] * 4, [300, 299, 500] + [200] * 5, [4] * 8
+    rows = {"few": torch.zeros(24, 16), "many": torch.zeros(2099, 16), "even": torch.zeros(32, 16)}
+    assert choose(cohort, few, rows["few"], "auto") == "grouped"
+    assert choose(cohort, many, rows["many"], "auto") == "loop"
+    assert choose(cohort, even, rows["even"], "auto") == "bmm"
+    assert choose(cohort, few, rows["few"].double(), "auto") == "loop"
+    assert choose(odd, few, rows["few"], "auto") == "loop"
+    assert choose(cohort, None, rows["few"], "auto") == "grouped"
     for path in ("loop", "bmm", "grouped"):
-        assert choose(cohort, few, x, path) == path
+        assert choose(cohort, few, rows["few"], path) == path
 
 
 def test_a_callable_makes_experts_and_routers():

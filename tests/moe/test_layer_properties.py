@@ -32,7 +32,7 @@ EXPERTS = {
     "linear_tanh": ("linear", "tanh", {"bias": False}),
     "linear_none": ("linear", "none", {}),
 }
-PATHS = ("auto", "grouped", "loop", "bmm")
+PATHS = ("auto", "grouped", "loop", "bmm", "dense")
 DTYPES = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 6e-2}
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, ValuesView
+from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmoe.moe.dispatch import RUNNERS, choose, dense_linear
+from cmoe.moe.dispatch import Block, choose, working_dtype
+from cmoe.moe.grouped import Rows, grouped_linear
 
 LinearMap = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 Init = Literal["uniform", "xavier", "normal"]
@@ -22,6 +24,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "none": lambda x: x,
 }
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One expert: x (N, I), weight (I, O), bias (O,) or (1, O)."""
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def batched_linear(x_ECI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Padded experts: x (E, C, I), weight (E, I, O), bias (E, O)."""
+    return torch.bmm(x_ECI, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x_ECI, weight)
 
 
 class Expert(nn.Module):
@@ -38,6 +50,9 @@ class Expert(nn.Module):
     """
 
     supplied: ClassVar[tuple[str, ...]] = ("n", "dim", "hidden", "out_dim")
+    inner: ClassVar[int] = (
+        0  # dimensions of a unit before D: 0 for tokens, 1 for sequences (L, D), 2 for maps (H, W, D)
+    )
 
     def __init__(self, n: int, dim: int, hidden: int | None, out_dim: int) -> None:
         super().__init__()
@@ -69,11 +84,55 @@ class Expert(nn.Module):
         Raises:
             ValueError: `path` cannot run this cohort.
         """
-        busy = [e for e, count in enumerate(counts) if count]
-        if self.n == 1 or (len(busy) == 1 and path == "auto"):
-            return self.single(x_ND, busy[0] if busy else 0)
-        path = choose(self, counts, x_ND, path)
-        return RUNNERS[path if busy else "loop"](self, x_ND, counts)
+        return self.work(x_ND, Block("", 0, len(x_ND), list(counts)), path)
+
+    def work(self, x_ND: Tensor, block: Block, path: str) -> Tensor:
+        """The rows of a block through their experts; raises as `forward`."""
+        counts = block.counts
+        if counts is not None:
+            busy = [e for e, count in enumerate(counts) if count]
+            if self.n == 1 or (len(busy) == 1 and path == "auto"):
+                return self.single(x_ND, busy[0] if busy else 0)
+            path = choose(self, counts, x_ND, path) if busy else "loop"
+            if path == "bmm":
+                return self.padded(x_ND, counts)
+        else:
+            path = choose(self, None, x_ND, path)
+        rows = Rows(counts, block.ends, x_ND.shape[0], x_ND.device, path)
+        dtype = working_dtype(x_ND)  # neither grouped_mm nor a backward pass of our own is cast by autocast
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return grouped_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), rows)
+
+        return self.compute(x_ND, linear, *self.stacked())
+
+    def padded(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
+        """Sorted rows by one batched product over blocks of the fullest expert's size."""
+        n, width = len(counts), max(counts)
+        if min(counts) == width:  # balanced: nothing to pad
+            blocks = self.compute(x_ND.view(n, width, x_ND.shape[1]), batched_linear, *self.stacked())
+            return blocks.reshape(n * width, blocks.shape[2])
+        starts = [0, *accumulate(counts)]
+        shift = torch.tensor([e * width - starts[e] for e in range(n)], dtype=torch.int64, device=x_ND.device)
+        rows = Rows(counts, None, x_ND.shape[0], x_ND.device, "bmm")
+        slots_N = torch.arange(x_ND.shape[0], device=x_ND.device) + shift.index_select(0, rows.expert_N)
+        padded = x_ND.new_zeros(n * width, x_ND.shape[1]).index_copy(0, slots_N, x_ND).view(n, width, x_ND.shape[1])
+        blocks = self.compute(padded, batched_linear, *self.stacked())
+        return blocks.reshape(n * width, blocks.shape[2]).index_select(0, slots_N)
+
+    def every(self, x_TD: Tensor) -> Tensor:
+        """Every token through every expert, (E, T, O)."""
+        if self.n == 1:
+            return self.single(x_TD, 0).unsqueeze(0)
+        return self.compute(x_TD.expand(self.n, *x_TD.shape), batched_linear, *self.stacked())
+
+    def blocks(self, x_END: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """As many rows for each expert (or for those in `rows`), (E, N, D) to (E, N, O)."""
+        stacked = self.stacked()
+        if rows is not None:
+            index = torch.tensor(rows, dtype=torch.int64, device=x_END.device)
+            stacked = tuple(None if p is None else p.index_select(0, index) for p in stacked)
+        return self.compute(x_END, batched_linear, *stacked)
 
     def single(self, x_ND: Tensor, row: int) -> Tensor:
         """All rows through one expert: a dense layer."""
