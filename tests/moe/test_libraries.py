@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from soft_moe_pytorch import SoftMoE
 from st_moe_pytorch import MoE as STMoE
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +30,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.switch_transformers import modeling_switch_transformers as modeling_switch
 
 from cmoe.moe import MoELayer, RouteContext, losses
+from cmoe.moe.routing import Router, SoftRouting
 
 BATCH, LENGTH, DIM, HIDDEN, EXPERTS = 2, 15, 8, 12, 6
 SWIGLU = {"name": "ffn", "activation": "swiglu", "bias": False}
@@ -48,6 +50,8 @@ class Pair:
         layer: ours.
         layouts: our parameter's name -> the library's in our layout.
         quiet: parameters of the block that have no counterpart; 0, so that they change nothing.
+        norms: scales of the block's norms; 1.
+        before: what the block does to its input first.
     """
 
     block: nn.Module
@@ -55,6 +59,8 @@ class Pair:
     layer: MoELayer
     layouts: dict[str, Layout]
     quiet: tuple[nn.Parameter, ...] = ()
+    norms: tuple[nn.Parameter, ...] = ()
+    before: Callable[[Tensor], Tensor] = lambda x: x
 
     def draw(self, dtype: torch.dtype) -> Pair:
         """Random weights, the same on both sides, large enough that every path counts."""
@@ -65,6 +71,8 @@ class Pair:
                 p.normal_(0.0, 0.5)
             for p in self.quiet:
                 p.zero_()
+            for p in self.norms:
+                p.fill_(1.0)
             for name, layout in self.layouts.items():
                 self.layer.get_parameter(name).copy_(layout(lambda p: p.data))
         assert set(self.layouts) == {name for name, _ in self.layer.named_parameters()}
@@ -125,13 +133,17 @@ def qwen2() -> Pair:
     return Pair(block, block, layer, stacked(block.gate, block.experts), (block.shared_expert.down_proj.weight,))
 
 
-def deepseek() -> Pair:
-    """Sigmoid scores, chosen with the load bias and weighted without it; the shared expert is given an output of 0."""
+def deepseek(shared: int) -> Pair:
+    """Sigmoid scores, chosen with the load bias and weighted without it, beside shared experts.
+
+    transformers always has a shared one; without any of ours it is given an output of 0.
+    """
     config = DeepseekV3Config(
         hidden_size=DIM,
         moe_intermediate_size=HIDDEN,
         n_routed_experts=EXPERTS,
         num_experts_per_tok=3,
+        n_shared_experts=max(shared, 1),
         n_group=1,
         topk_group=1,
         norm_topk_prob=True,
@@ -139,11 +151,18 @@ def deepseek() -> Pair:
     )
     config._experts_implementation = "eager"
     block = DeepseekV3MoE(config)
-    layer = ours("sigmoid_bias", SWIGLU, k=3, rate=0.0)
+    router = {"name": "sigmoid_bias", "k": 3, "rate": 0.0}
+    layer = MoELayer(DIM, HIDDEN, experts=EXPERTS, expert=SWIGLU, router=router, shared=shared)
     bias = torch.tensor([0.4, 0.0, -0.4, 0.1, 0.0, -0.1])
     block.gate.e_score_correction_bias.copy_(bias)
     layer.router.columns["0"].get_buffer("bias").copy_(bias)
-    return Pair(block, block, layer, stacked(block.gate, block.experts), (block.shared_experts.down_proj.weight,))
+    layouts = stacked(block.gate, block.experts)
+    always = block.shared_experts
+    if not shared:
+        return Pair(block, block, layer, layouts, (always.down_proj.weight,))
+    layouts["shared.w1"] = lambda read: torch.cat([read(always.gate_proj.weight), read(always.up_proj.weight)]).mT[None]
+    layouts["shared.w2"] = lambda read: read(always.down_proj.weight).mT[None]
+    return Pair(block, block, layer, layouts)
 
 
 def dbrx(normed: bool) -> Pair:
@@ -224,6 +243,39 @@ def st_moe() -> Pair:
     return Pair(block, lambda x: block(x).outputs, ours("topk", {"name": "ffn"}, k=2), layouts)
 
 
+class Slots(Router):
+    """Soft MoE's weights from slot vectors: over a sequence's tokens for the slots, over all slots for the tokens."""
+
+    def __init__(self, dim: int, slots: int) -> None:
+        super().__init__(dim)
+        self.slots = slots
+        self.vectors = nn.Parameter(torch.zeros(EXPERTS, slots, dim))
+
+    def forward(self, x_TD, context, experts):
+        unit_ESD = self.vectors / self.vectors.norm(dim=-1, keepdim=True) * self.dim**0.5
+        scores_GLS = x_TD.view(BATCH, LENGTH, -1) @ unit_ESD.view(-1, self.dim).mT
+        return SoftRouting(scores_GLS.softmax(1), scores_GLS.softmax(2), self.slots, experts.ids)
+
+    def experts_per_token(self, experts):
+        return len(experts)
+
+
+def soft_moe() -> Pair:
+    """Slots that mix tokens; the library norms its input first, so that our layer gets it normed."""
+    block = SoftMoE(DIM, num_experts=EXPERTS, num_slots=2, expert_mult=2)
+    experts = block.experts.experts
+    layer = MoELayer(DIM, 2 * DIM, experts=EXPERTS, router=lambda dim: Slots(dim, 2))
+    layouts: dict[str, Layout] = {
+        "router.vectors": lambda read: read(block.slot_embeds),
+        "cohorts.0.w1": lambda read: torch.stack([read(e[0].weight).mT for e in experts]),
+        "cohorts.0.b1": lambda read: torch.stack([read(e[0].bias) for e in experts]),
+        "cohorts.0.w2": lambda read: torch.stack([read(e[3].weight).mT for e in experts]),
+        "cohorts.0.b2": lambda read: torch.stack([read(e[3].bias) for e in experts]),
+    }
+    norms = (block.norm.gamma, block.slot_norm.gamma)
+    return Pair(block, block, layer, layouts, norms=norms, before=block.norm)
+
+
 F32, F64 = torch.float32, torch.float64
 BLOCKS: dict[str, tuple[Callable[[], Pair], torch.dtype]] = {
     "Mixtral, eager": (lambda: mixtral("eager"), F32),
@@ -232,7 +284,8 @@ BLOCKS: dict[str, tuple[Callable[[], Pair], torch.dtype]] = {
     "GraniteMoE": (granite, F32),
     "OLMoE": (olmoe, F32),
     "Qwen2-MoE": (qwen2, F32),
-    "DeepSeek-V3": (deepseek, F32),
+    "DeepSeek-V3": (lambda: deepseek(0), F32),
+    "DeepSeek-V3, 2 shared": (lambda: deepseek(2), F32),
     "DBRX": (lambda: dbrx(True), F64),
     "DBRX, not normed": (lambda: dbrx(False), F64),
     "Switch": (lambda: switch(None, F64), F64),
@@ -240,6 +293,8 @@ BLOCKS: dict[str, tuple[Callable[[], Pair], torch.dtype]] = {
     "Switch, float32": (lambda: switch(4, F32), F32),
     "st-moe-pytorch": (st_moe, F64),
     "st-moe-pytorch, float32": (st_moe, F32),
+    "soft-moe-pytorch": (soft_moe, F64),
+    "soft-moe-pytorch, float32": (soft_moe, F32),
 }
 
 
@@ -265,10 +320,11 @@ def test_outputs_and_gradients_are_the_librarys(name):
     x, g = data(dtype)
     theirs_x, ours_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = pair.call(theirs_x)
-    y, routing = pair.layer(ours_x)
+    y, routing = pair.layer(pair.before(ours_x))
     assert not routing.aux
     assert expected.abs().mean() > 0.1
-    assert routing.ids.unique().numel() >= EXPERTS - 1
+    if routing.kind == "sparse":
+        assert routing.ids.unique().numel() >= EXPERTS - 1
     torch.testing.assert_close(y, expected, **EXACT[dtype])
     expected.backward(g)
     y.backward(g)
