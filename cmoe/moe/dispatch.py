@@ -264,5 +264,4 @@ def path_for(counts: Sequence[int] | None, x_ND: Tensor, can_group: bool) -> str
     rows, n, most = x_ND.shape[0], len(counts), max(counts)
     if n * most <= 1.02 * rows:  # balanced: nothing to pad
         return "bmm"
-    # few rows per expert: what a call from Python costs counts, and grouped products loop in C++
-    return "grouped" if can_group and rows < 256 * n else "loop"
+    return "grouped" if can_group else "loop"  # on CPU both loop, one of them in C++

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmoe.moe.spare import spare_like
+
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -114,7 +116,7 @@ class _GroupedLinear(torch.autograd.Function):
             return _differentiable(g, x, weight, rows, ctx.bias)
         g = rows.clean(g)
         g_x = rows.clean(_products(g, weight.transpose(1, 2), rows)) if need_x else None
-        g_weight = _outer(x, g, rows) if need_weight else None
+        g_weight = _outer(x, g, rows, weight) if need_weight else None
         g_bias = None
         if ctx.bias and need_bias:
             low = g.dtype in LOW
@@ -135,12 +137,14 @@ def _products(x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
     return y.to(x.dtype)
 
 
-def _outer(x: Tensor, g: Tensor, rows: Rows) -> Tensor:
+def _outer(x: Tensor, g: Tensor, rows: Rows, weight: Tensor) -> Tensor:
     """Each expert's xᵀ g, the gradient of its weight."""
-    if rows.way == "grouped":
+    out = spare_like(weight) if weight.dtype == x.dtype else None
+    if rows.way == "grouped" and out is None:
         return F.grouped_mm(x.t(), g, offs=rows.ends)
     low = x.dtype in LOW and float32_is_faster(x.device.type)
-    out = x.new_empty(len(rows.counts), x.shape[1], g.shape[1])
+    if out is None:
+        out = x.new_empty(len(rows.counts), x.shape[1], g.shape[1])
     parts, grads, outs = (
         (x.float() if low else x).t().split(rows.counts, 1),
         (g.float() if low else g).split(rows.counts),

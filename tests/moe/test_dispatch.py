@@ -62,7 +62,7 @@ def test_the_choice_depends_on_the_cohort_alone():
     few, many, even = [4, 2] * 4, [300, 299, 500] + [200] * 5, [4] * 8
     rows = {"few": torch.zeros(24, 16), "many": torch.zeros(2099, 16), "even": torch.zeros(32, 16)}
     assert choose(cohort, few, rows["few"], "auto") == "grouped"
-    assert choose(cohort, many, rows["many"], "auto") == "loop"
+    assert choose(cohort, many, rows["many"], "auto") == "grouped"
     assert choose(cohort, even, rows["even"], "auto") == "bmm"
     assert choose(cohort, few, rows["few"].double(), "auto") == "loop"
     assert choose(odd, few, rows["few"], "auto") == "loop"
