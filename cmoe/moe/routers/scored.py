@@ -178,6 +178,7 @@ class Scored(Router):
             columns=experts.ids,
             aux=aux,
             dropped=dropped,
+            valid=context.valid,
         )
 
     def _scores(self, x_TD: Tensor, context: RouteContext, columns: Columns) -> tuple[Tensor, Any]:
@@ -245,6 +246,7 @@ class Scored(Router):
             aux=aux,
             state=state,
             dropped=dropped,
+            valid=context.valid,
         )
 
     def _late(

@@ -87,4 +87,4 @@ class TaskTable(Router):
             ids_TK = ids_TK.masked_fill(~context.valid.unsqueeze(1), NONE)
         present_TK = (ids_TK != NONE).to(score_dtype(x_TD.dtype))
         weights_TK = present_TK / present_TK.sum(1, keepdim=True).clamp(min=1.0)
-        return Routing(ids=ids_TK, weights=weights_TK, columns=experts.ids)
+        return Routing(ids=ids_TK, weights=weights_TK, columns=experts.ids, valid=context.valid)

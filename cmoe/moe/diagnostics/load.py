@@ -1,21 +1,14 @@
-"""What a routing or a layer looks like from outside: load, balance, entropy, dead experts, cost per token.
-
-Functions of a `Routing` read it after the fact (they wait for the device); nothing here is part of a training step.
-"""
+"""Load: how the tokens spread over experts, as counts by expert id."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
-from cmoe.moe.losses import entropy_loss
 from cmoe.moe.routing import Routing
 from cmoe.moe.view import NONE
-
-if TYPE_CHECKING:
-    from cmoe.moe.layer import MoELayer
 
 
 def load(routing: Routing) -> dict[int, int]:
@@ -43,6 +36,19 @@ def max_over_mean(counts: Mapping[int, int]) -> float:
     return max(counts.values()) * len(counts) / total if total else float("nan")
 
 
+def load_cv(counts: Mapping[int, int]) -> float:
+    """Coefficient of variation, population standard deviation over mean: 0 when balanced, √(E−1) when one expert does
+    everything; nan without any tokens.
+
+    The square root of what Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538) hold down.
+    """
+    total = sum(counts.values())
+    if not total:
+        return float("nan")
+    mean = total / len(counts)
+    return math.sqrt(sum((amount - mean) ** 2 for amount in counts.values()) / len(counts)) / mean
+
+
 def dead(counts: Mapping[int, int]) -> list[int]:
     """Ids of experts that no token went to."""
     return sorted(expert for expert, amount in counts.items() if not amount)
@@ -55,18 +61,3 @@ def load_entropy(counts: Mapping[int, int]) -> float:
         return float("nan")
     shares = torch.tensor([amount / total for amount in counts.values() if amount], dtype=torch.float64)
     return float(-(shares * shares.log()).sum())
-
-
-def router_entropy(routing: Routing) -> float | None:
-    """Mean entropy in nats of the tokens' distributions over visible experts; None for a router without scores."""
-    if routing.logits is None:
-        return None
-    valid = (routing.ids != NONE).any(1)
-    return float(entropy_loss(routing.logits.detach().double(), valid))
-
-
-def flops_per_token(layer: MoELayer) -> int:
-    """Floating point operations of a forward pass on one token: matrix products of its experts and of the router."""
-    one = max(cohort.flops_per_token() for cohort in layer.cohorts.values())
-    router = sum(2 * parameter.numel() for parameter in layer.router.parameters())
-    return router + one * layer.router.experts_per_token(layer.view)
