@@ -124,7 +124,7 @@ def dispatch(
     """
     if path == "dense" or (path == "auto" and _everybody(routing, view, cohorts)):
         return _dense(x_TD, routing, view, cohorts, recompute)
-    sort = Sorted(routing, view, _host(path, x_TD, cohorts))
+    sort = Sorted(routing, view, on_host(path, x_TD, cohorts))
     weights_N = routing.weights.reshape(-1)
     y_TO: Tensor | None = None
     for block, out_NO in outputs(x_TD, sort, cohorts, path, recompute):
@@ -142,7 +142,7 @@ def outputs(
     x_TD: Tensor, sort: Sorted, cohorts: Cohorts, path: str, recompute: bool = False
 ) -> Iterator[tuple[Block, Tensor]]:
     """Each cohort's block with what its experts make of their tokens' rows, (N, O), not weighted yet."""
-    for block in sort.blocks(idle=_distributed()):
+    for block in sort.blocks(idle=distributed()):
         rows = x_TD.index_select(0, sort.token_N[block.low : block.high])
         yield block, maybe_again(recompute, cohorts[block.key].work, rows, block, path)
 
@@ -196,7 +196,7 @@ def _everybody(routing: Routing, view: ExpertView, cohorts: Cohorts) -> bool:
     return not low and bool((routing.ids >= 0).all())
 
 
-def _host(path: str, x_TD: Tensor, cohorts: Cohorts) -> bool:
+def on_host(path: str, x_TD: Tensor, cohorts: Cohorts) -> bool:
     """Whether to wait for the row counts: always, but where one cohort's grouped products can do without."""
     if len(cohorts) > 1 or path not in ("auto", "grouped"):
         return True
@@ -213,7 +213,7 @@ def maybe_again(recompute: bool, run: Callable[..., Tensor], *args: object) -> T
     return run(*args)
 
 
-def _distributed() -> bool:
+def distributed() -> bool:
     """Whether other processes wait for every parameter's gradient, those of experts without a token included."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -229,6 +229,8 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 def grouped_refusal(expert: Expert, dtype: torch.dtype) -> str | None:
     """Why `grouped` cannot run this cohort in this type; None when it can."""
+    if "grouped" not in expert.paths:
+        return f"cannot run experts of kind {type(expert).__name__}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, not {dtype}"
     widths = {size for p in expert.stacked() if p is not None and p.dim() == 3 for size in p.shape[1:]}
