@@ -437,3 +437,22 @@ def test_the_second_expert_of_gshard_is_drawn_as_in_nllb():
     got = dense(routing.ids, routing.weights) > 0
     assert torch.equal(got, expected)
     assert 0 < (routing.ids < 0).sum() < len(x)
+
+
+def test_sparsemixer_is_phi_moes() -> None:
+    """The first of the two experts that Phi-3.5-MoE draws: choice and weight outside training, gradient always."""
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    layer = MoELayer(6, 4, experts=6, router={"name": "sparsemixer", "jitter": 0.2, "switch": 0.0}).double().eval()
+    with torch.no_grad():
+        layer.router.columns["0"].weight.copy_(torch.eye(6))
+    x = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
+    theirs = x.detach().clone().requires_grad_()
+    weights, experts = sparsemixer(theirs, jitter_eps=0.2, training=False, top_k=2)
+    routing = layer.router(x, RouteContext(), layer.view)
+    assert torch.equal(routing.ids[:, 0], experts[:, 0])
+    torch.testing.assert_close(routing.weights[:, 0], weights[:, 0])
+    direction = torch.randn(50, dtype=torch.float64)
+    (routing.weights[:, 0] * direction).sum().backward()
+    (weights[:, 0] * direction).sum().backward()
+    torch.testing.assert_close(x.grad, theirs.grad)
