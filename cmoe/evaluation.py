@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from cmoe.config.plan import Plan
 from cmoe.fit import Placement
 from cmoe.learners import Model
-from cmoe.learners.evaluate import Outputs, Predictions, classify, model_language
+from cmoe.learners.evaluate import Outputs, Predictions, Traffic, classify, model_language
 from cmoe.metrics import Column, Record
 from cmoe.strategies import Strategy
 from cmoe.streams import Experience, Split, Stream, evaluation_batches
@@ -30,8 +30,7 @@ class Evaluator:
         model: as it is at the moment of a call.
         placement: where and in what precision.
         strategies: one of them may have its own decision rule.
-        load: tokens per expert by experience, layer and expert id, of the last row.
-        routes: where the tokens of learned experiences went, by experience and layer, of the last row.
+        traffic: where the tokens of learned experiences went, by experience, in the last row.
     """
 
     plan: Plan
@@ -39,8 +38,17 @@ class Evaluator:
     model: Model
     placement: Placement
     strategies: Sequence[Strategy]
-    load: dict[int, Load] = field(default_factory=dict)
-    routes: dict[int, Routes] = field(default_factory=dict)
+    traffic: dict[int, Traffic] = field(default_factory=dict)
+
+    @property
+    def load(self) -> dict[int, Load]:
+        """Tokens per expert by experience, layer and expert id, of the last row."""
+        return {j: traffic.load for j, traffic in self.traffic.items()}
+
+    @property
+    def routes(self) -> dict[int, Routes]:
+        """The best expert of each token by experience and layer, of the last row."""
+        return {j: traffic.routes for j, traffic in self.traffic.items()}
 
     def split(self, experience: Experience) -> Split:
         """The samples that rows are evaluated on."""
@@ -71,7 +79,7 @@ class Evaluator:
             seen: classes known so far.
             learned: experiences trained so far.
         """
-        self.load, self.routes = {}, {}
+        self.traffic = {}
         row = {}
         self.model.eval()
         for j in columns:
@@ -82,26 +90,29 @@ class Evaluator:
                 predictions = self._predict(experience, seen)
             row[j] = Column(**predictions.arrays)
             if j in learned:
-                self.load[j], self.routes[j] = predictions.load, predictions.routes
+                self.traffic[j] = predictions.traffic
         self.model.train()
         return row
 
     def _predict(self, experience: Experience, seen: Sequence[int]) -> Predictions:
-        evaluation = self.plan.evaluation
         own = [s.predict for s in self.strategies if s.owns_predict]
         predict = own[0] if own else None
-        batches = [
-            (b.x if not b.x.is_floating_point() else b.x.to(self.placement.dtype), b.y)
-            for b in evaluation_batches(
-                self.split(experience), experience.index, self.stream.transform, evaluation["batch_size"]
-            )
-        ]
+        batches = self.batches(experience, self.split(experience), self.plan.evaluation["batch_size"])
         task, device = experience.index, self.placement.device
+        closely = self.plan.evaluation["diagnostics"] != "none"
         if self.stream.language:
-            return model_language(self.model, batches, task, predict, device)
-        return classify(self.model, batches, task, self._outputs(experience, seen), predict, device)
+            return model_language(self.model, batches, task, predict, device, closely)
+        return classify(self.model, batches, task, self.outputs(experience, seen), predict, device, closely)
 
-    def _outputs(self, experience: Experience, seen: Sequence[int]) -> Outputs:
+    def batches(self, experience: Experience, split: Split, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets of some of an experience's samples, as the model gets them."""
+        return [
+            (b.x if not b.x.is_floating_point() else b.x.to(self.placement.dtype), b.y)
+            for b in evaluation_batches(split, experience.index, self.stream.transform, size)
+        ]
+
+    def outputs(self, experience: Experience, seen: Sequence[int]) -> Outputs:
+        """What a prediction on an experience may choose from, with classes `seen` known so far."""
         head, mode = self.model.head, self.plan.model["eval_outputs"]
         free: Tensor | None = head.columns(seen) if mode == "seen" else None
         # the same classes in every experience: the label tells something only where the model uses it
@@ -113,6 +124,12 @@ class Evaluator:
             report_free=mode != "task" and len(head) > 0 and not self.stream.many_labels,
             report_task=labelled and len(head) > 0,
         )
+
+
+def router_drifts(before: Mapping[int, Routes], after: Mapping[int, Routes]) -> dict[int, float]:
+    """`router_drift` of every experience that both rows know and that has any."""
+    moved = {j: router_drift(before[j], after[j]) for j in before if j in after}
+    return {j: drift for j, drift in moved.items() if drift is not None}
 
 
 def router_drift(before: Routes, after: Routes) -> float | None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from cmoe.config.plan import Plan
 from cmoe.learners import Model
 from cmoe.metrics import Record
 from cmoe.metrics.catalogue import compute
 from cmoe.metrics.record import INITIAL
+from cmoe.moe.diagnostics import mutual_information, normalised_mutual_information, purity
 from cmoe.rundir import RunFolder
 from cmoe.streams import Stream
 from cmoe.timeline import Timeline
-from cmoe.tracking import layout
+from cmoe.tracking import diagnostics, layout
 from cmoe.tracking.figures import ExpertLife, RouterLoad
 from cmoe.tracking.store import locate
 from cmoe.tracking.tracker import Tracker
@@ -83,6 +86,11 @@ class Progress:
         self.last_loss = values["train/loss"]
         self.tracker.metrics(values, step)
 
+    def diagnosed(self, document: diagnostics.Document) -> dict[str, float]:
+        """Keep what a row says about the experts, beside the row; returns its metrics."""
+        diagnostics.save(self.folder.rows, document)
+        return diagnostics.metrics(document)
+
     def row(self, row: int, record: Record, facts: Mapping[str, float], unseen_masked: bool) -> dict[str, float]:
         """A row of the matrix, every metric as of it, and the strategies' figures; returns the metrics there are."""
         self.tracker.metrics(facts, row)
@@ -114,6 +122,10 @@ class Progress:
         if shares or timeline.events:
             lives = _lives(timeline, model, shares)
             pictures += layout.log_experts(self.tracker, lives, shares, names, self.folder.id)
+        documents = diagnostics.load(self.folder.rows, [row for row in record.rows if row != INITIAL])
+        if documents:
+            pictures += layout.log_diagnostics(self.tracker, documents, self.folder.id)
+            values |= diagnostics.values(documents[-1]) if documents[-1]["row"] == record.last else {}
         total, active = model.parameter_counts()
         self.tracker.metrics({"time/wall_seconds": seconds}, record.last)
         return {
@@ -149,12 +161,15 @@ def _shares(load: Mapping[int, Mapping[str, Mapping[int, int]]], experiences: in
     for layer in layers:
         experts = tuple(sorted({e for by_layer in load.values() for e in by_layer.get(layer, {})}))
         share = np.full((experiences, len(experts)), np.nan)
+        table = torch.tensor([[by_layer.get(layer, {}).get(e, 0) for e in experts] for by_layer in load.values()])
         for j, by_layer in load.items():
             counts = by_layer.get(layer, {})
             total = sum(counts.values())
             if total:
                 share[j] = [counts.get(e, 0) / total for e in experts]
-        shares.append(RouterLoad(layer, experts, share))
+        nats, part = mutual_information(table), normalised_mutual_information(table)
+        known = None if math.isnan(nats) else (nats, None if math.isnan(part) else part)
+        shares.append(RouterLoad(layer, experts, share, known, None if known is None else purity(table)))
     return shares
 
 

@@ -14,9 +14,10 @@ import torch
 from cmoe import carried, checkpoint, snapshot
 from cmoe.assembly import component, make_model, make_objective, make_stream, seed_for
 from cmoe.config.plan import Plan
+from cmoe.diagnosis import Document, diagnose
 from cmoe.environment import environment
 from cmoe.errors import RunFailed, UserError, one_line
-from cmoe.evaluation import Evaluator, Load, Routes, router_drift
+from cmoe.evaluation import Evaluator, Load, Routes, router_drifts
 from cmoe.fit import Placement, fit
 from cmoe.inputs import describe
 from cmoe.learners import Learner, Model
@@ -88,6 +89,7 @@ class Session:
         self.loads: dict[int, dict[int, Load]] = {}
         self.routes: dict[int, Routes] = {}  # of the last row
         self.drift: float | None = None
+        self.diagnosis: Document | None = None  # of the row just evaluated
         self.saved = 0
         self.earlier_seconds = 0.0
         self.optimizer: torch.optim.Optimizer | None = None
@@ -316,7 +318,7 @@ class Session:
     def evaluate(self, segment: Segment) -> None:
         """The segment's row of the matrix."""
         self.train_seconds = time.monotonic() - self.segment_seconds
-        self.drift = None
+        self.drift = self.diagnosis = None
         last = segment.number == len(self.segments) - 1
         if not last and (segment.number + 1) % self.plan.evaluation["every"]:
             return
@@ -326,10 +328,13 @@ class Session:
         self.record.save_row(self.folder.rows, segment.last)
         self.loads[segment.last] = self.evaluator.load
         now = self.evaluator.routes
-        moved = [router_drift(self.routes[j], now[j]) for j in self.routes if j in now]
-        known = [m for m in moved if m is not None]
-        self.drift = sum(known) / len(known) if known else None
+        moved = router_drifts(self.routes, now)
+        self.drift = sum(moved.values()) / len(moved) if moved else None
         self.routes = now
+        seed = seed_for(self.plan.seed, f"diagnostics of row {segment.last}")
+        began = time.monotonic()
+        self.diagnosis = diagnose(self.evaluator, segment.last, self.context.seen, moved, seed)
+        self.diagnosis_seconds = time.monotonic() - began
 
     def end(self, segment: Segment) -> None:
         """Track the row and save the exact state."""
@@ -337,6 +342,9 @@ class Session:
         facts["time/train_seconds"] = self.train_seconds
         if self.drift is not None:
             facts["router/drift"] = self.drift
+        if self.diagnosis is not None:
+            facts |= self.progress.diagnosed(self.diagnosis)
+            facts["time/diagnostics_seconds"] = self.diagnosis_seconds
         values = self.progress.row(segment.last, self.record, facts, self._unseen_masked())
         self.reporter.row(segment.last, values)
         del self.segment_seconds

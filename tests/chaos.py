@@ -127,6 +127,7 @@ class Scenario:
 
 VISION = _over(DIGITS, model={"moe": NOISY, "dropout": 0.1}, strategy=["expand", BUFFER])
 LANGUAGE = _over(TEXT, model={"moe": NOISY}, strategy=["expand", {"name": "replay", "size": 20}])
+ASKED = {"diagnostics": "all", "diagnostics_samples": 32}
 SMALL_VIT = {"name": "vit", "depth": 2, "dim": 16, "heads": 2, "dropout": 0.1, "moe": NOISY}
 
 SCENARIOS: dict[str, Scenario] = {
@@ -140,7 +141,7 @@ SCENARIOS: dict[str, Scenario] = {
         optimizer={"name": "sgd", "lr": 0.05, "momentum": 0.9, "reset": "never"})),
     "vision vit expand+replay": Scenario(_over(
         DIGITS, strategy=["expand", BUFFER], model=SMALL_VIT, stream={"name": "split_digits", "limit": 3},
-        trainer={"epochs": 1, "batch_size": 32})),
+        trainer={"epochs": 1, "batch_size": 32}, evaluation=ASKED)),
     "augmented, bfloat16": Scenario(_over(
         DIGITS, stream="shifted_digits", strategy=[BUFFER], plugins=["plugins"],
         trainer={"precision": "bf16-mixed", "clip_norm": 1.0})),
@@ -149,7 +150,7 @@ SCENARIOS: dict[str, Scenario] = {
         strategy={"name": "replay", "size": 60, "policy": "class_balanced"})),
     "vision expand, isolated": Scenario(_over(
         DIGITS, stream={"name": "split_digits", "scenario": "task"}, strategy="expand",
-        model={"moe": {"experts": 1, "router": "task_table"}})),
+        model={"moe": {"experts": 1, "router": "task_table"}}, evaluation=ASKED)),
     "language expand+replay, MLflow": Scenario(LANGUAGE, tracked=True),
     "cumulative, restarting": Scenario(_over(DIGITS, strategy={"name": "cumulative", "restart": True})),
     "separate networks": Scenario(_over(

@@ -153,6 +153,12 @@ class Evaluation:
         rows: experiences whose test sets a row holds: 'all' (needed for forward transfer) or 'seen'.
         every: evaluate after every n-th experience; the last one always is.
         initial: also evaluate the freshly initialised model (the baseline of forward transfer).
+        diagnostics: what each row measures of Mixture-of-Experts layers, on the learned experiences: 'routing' (load, dead
+            experts, entropy, dropped tokens, active FLOPs, mutual information of task and expert; from the row's own
+            forward passes, nearly free), 'all' (also how alike experts are, accuracy and calibration of each alone and
+            joined in other ways, accuracy without each; two more passes for each expert), or 'none'. No weight depends
+            on it.
+        diagnostics_samples: samples of each learned experience that 'all' asks single experts about.
     """
 
     batch_size: PositiveInt = 512
@@ -160,6 +166,8 @@ class Evaluation:
     rows: Literal["all", "seen"] = "all"
     every: PositiveInt = 1
     initial: bool = True
+    diagnostics: Literal["none", "routing", "all"] = "routing"
+    diagnostics_samples: PositiveInt = 512
 
 
 @dataclass

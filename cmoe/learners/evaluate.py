@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,10 +13,53 @@ from torch import Tensor
 from cmoe.learners.model import Model
 from cmoe.learners.objective import PADDING
 from cmoe.moe import RouteContext, Routing
+from cmoe.moe.diagnostics import Flow
 
 Predict = Callable[[Tensor, int | None], Tensor | None]
 ROUTES = 2048  # tokens of an experience whose routes are compared from row to row; they lie in every checkpoint
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Traffic:
+    """What the routings of an experience's batches come to.
+
+    Attributes:
+        flows: load and what else was measured, by layer.
+        kinds: of layers that do not assign tokens to experts, the kind of their routing.
+
+    Args:
+        closely: whether the routers' entropies are measured.
+    """
+
+    def __init__(self, closely: bool = False) -> None:
+        self.closely = closely
+        self.flows: dict[str, Flow] = {}
+        self.kinds: dict[str, str] = {}
+        self._routes: dict[str, list[Tensor]] = {}
+
+    def add(self, routings: dict[str, Routing]) -> None:
+        """Take in a batch."""
+        for name, routing in routings.items():
+            if routing.kind != "sparse":
+                self.kinds[name] = routing.kind
+                continue
+            flow = Flow.of(routing, self.closely)
+            self.flows[name] = self.flows[name] + flow if name in self.flows else flow
+            kept = self._routes.setdefault(name, [])
+            room = ROUTES - sum(map(len, kept))
+            if room > 0:
+                best = routing.weights[:room].argmax(1, keepdim=True)
+                kept.append(routing.ids[:room].gather(1, best).squeeze(1).to(torch.int16).cpu())
+
+    @property
+    def load(self) -> dict[str, dict[int, int]]:
+        """How many tokens went to each expert, by layer and expert id."""
+        return {name: flow.load for name, flow in self.flows.items()}
+
+    @property
+    def routes(self) -> dict[str, Tensor]:
+        """By layer, the expert with the highest weight of each of the first `ROUTES` tokens (int16, −1: none)."""
+        return {name: torch.cat(parts) for name, parts in self._routes.items()}
 
 
 @dataclass
@@ -27,13 +70,11 @@ class Predictions:
         arrays: for classes `pred`, `confidence` (chosen without the task label), `task_pred`, `task_confidence`
             (chosen among the task's classes); −1 where there is no such prediction. For language `nll` (nats),
             `correct`, `tokens`, each one a sequence.
-        load: how many tokens went to each expert, by layer and expert id.
-        routes: by layer, the expert with the highest weight of each of the first `ROUTES` tokens (int16, −1: none).
+        traffic: where the tokens went.
     """
 
     arrays: dict[str, np.ndarray]
-    load: dict[str, dict[int, int]] = field(default_factory=dict)
-    routes: dict[str, Tensor] = field(default_factory=dict)
+    traffic: Traffic
 
 
 @dataclass(frozen=True)
@@ -54,7 +95,13 @@ class Outputs:
 
 
 def classify(
-    model: Model, batches: Batches, task: int, outputs: Outputs, predict: Predict | None, device: torch.device
+    model: Model,
+    batches: Batches,
+    task: int,
+    outputs: Outputs,
+    predict: Predict | None,
+    device: torch.device,
+    closely: bool = False,
 ) -> Predictions:
     """Predictions for classification; the model must be in evaluation mode.
 
@@ -65,11 +112,12 @@ def classify(
         outputs: what predictions may choose from.
         predict: a strategy's own decision rule.
         device: where the model is.
+        closely: whether the routers' entropies are measured.
     """
     classes = model.head.unit_classes()
     needs_task = model.needs_task()
     parts: dict[str, list[Tensor]] = {"pred": [], "confidence": [], "task_pred": [], "task_confidence": []}
-    traffic = Traffic()
+    traffic = Traffic(closely)
     with torch.inference_mode():
         for x, _ in batches:
             x = x.to(device)
@@ -87,7 +135,7 @@ def classify(
     for prefix in ("", "task_"):
         if (arrays[f"{prefix}pred"] < 0).all():  # no such prediction exists here
             del arrays[f"{prefix}pred"], arrays[f"{prefix}confidence"]
-    return Predictions(arrays, traffic.load, traffic.routes)
+    return Predictions(arrays, traffic)
 
 
 def _choose(
@@ -112,7 +160,12 @@ def _choose(
 
 
 def model_language(
-    model: Model, batches: Batches, task: int, predict: Predict | None, device: torch.device
+    model: Model,
+    batches: Batches,
+    task: int,
+    predict: Predict | None,
+    device: torch.device,
+    closely: bool = False,
 ) -> Predictions:
     """Negative log-likelihood in nats, right next bytes and number of bytes of each sequence.
 
@@ -124,9 +177,10 @@ def model_language(
         task: that experience's task label.
         predict: a strategy's own decision rule.
         device: where the model is.
+        closely: whether the routers' entropies are measured.
     """
     parts: dict[str, list[Tensor]] = {"nll": [], "correct": [], "tokens": []}
-    traffic = Traffic()
+    traffic = Traffic(closely)
     tasks = model.head.block_tasks
     block = tasks.index(task) if task in tasks else 0
     with torch.inference_mode():
@@ -145,34 +199,4 @@ def model_language(
             parts["correct"].append(((logits.argmax(-1) == y) & valid).sum(1).int().cpu())
             parts["tokens"].append(valid.sum(1).int().cpu())
     kinds = {"nll": np.float32, "correct": np.int32, "tokens": np.int32}
-    return Predictions(
-        {k: torch.cat(v).numpy() if v else np.zeros(0, kinds[k]) for k, v in parts.items()},
-        traffic.load,
-        traffic.routes,
-    )
-
-
-class Traffic:
-    """What the routings of an experience's batches come to: `load` and `routes` of `Predictions`."""
-
-    def __init__(self) -> None:
-        self.load: dict[str, dict[int, int]] = {}
-        self._routes: dict[str, list[Tensor]] = {}
-
-    def add(self, routings: dict[str, Routing]) -> None:
-        """Take in a batch."""
-        for name, routing in routings.items():
-            counts = self.load.setdefault(name, {})
-            ids, number = routing.ids[routing.ids >= 0].unique(return_counts=True)
-            for expert, n in zip(ids.tolist(), number.tolist(), strict=True):
-                counts[expert] = counts.get(expert, 0) + n
-            kept = self._routes.setdefault(name, [])
-            room = ROUTES - sum(map(len, kept))
-            if room > 0:
-                best = routing.weights[:room].argmax(1, keepdim=True)
-                kept.append(routing.ids[:room].gather(1, best).squeeze(1).to(torch.int16).cpu())
-
-    @property
-    def routes(self) -> dict[str, Tensor]:
-        """By layer, the first tokens' best experts."""
-        return {name: torch.cat(parts) for name, parts in self._routes.items()}
+    return Predictions({k: torch.cat(v).numpy() if v else np.zeros(0, kinds[k]) for k, v in parts.items()}, traffic)

@@ -11,7 +11,7 @@ from cmoe.metrics.accuracy import (
     avg_incremental_acc_macro,
     learning_accuracy,
 )
-from cmoe.metrics.calibration import brier_top_label, ece
+from cmoe.metrics.calibration import brier_top_label, ece, reliability
 from cmoe.metrics.catalogue import compute
 from cmoe.metrics.diaz import acc_diaz, bwt_diaz, bwt_plus, fwt_diaz, rem
 from cmoe.metrics.forgetting import forgetting_chaudhry, forgetting_first_minus_last, intransigence
@@ -54,6 +54,7 @@ __all__ = [
     "min_acc",
     "paired_difference",
     "recency_bias",
+    "reliability",
     "rem",
     "summarise",
     "transfer",

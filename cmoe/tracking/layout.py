@@ -4,6 +4,7 @@ Metrics (step = experience index unless said otherwise; '/' makes the sections o
     <view>/<metric>             every metric as of that row, over the experiences so far
     <view>/cells/exp_JJ         the matrix, a curve per tested experience
     <view>/baseline/exp_JJ      the untrained model (step 0)
+    router/<name>, experts/<name>, calibration/<name>   of the experts, see `cmoe.tracking.diagnostics`
     train/<name>                training curves (step = global step)
     model/parameters_total, model/parameters_active, time/<name>
 Parameters: the resolved configuration with dotted keys, and `strategy`, the strategies joined by '+'.
@@ -28,7 +29,7 @@ from cmoe.metrics.catalogue import compute
 from cmoe.metrics.matrix import View, views
 from cmoe.metrics.record import INITIAL, Record
 from cmoe.metrics.value import Value
-from cmoe.tracking import figures
+from cmoe.tracking import diagnostics, figures
 from cmoe.tracking.figures import ExpertLife, RouterLoad
 from cmoe.tracking.tracker import Tracker
 
@@ -174,6 +175,26 @@ def log_experts(
         table = _csv(["layer", "experience", "name", "expert", "share"], rows)
         tracker.text("figures/router_load.csv", table, "experts")
         pictures.append(tracker.figure("router_load", figures.router_load(loads, names, title)))
+    return pictures
+
+
+def log_diagnostics(tracker: Tracker, documents: Sequence[dict[str, Any]], title: str) -> list[Path]:
+    """What was measured of the experts at each row, as tables, and the last row's as pictures; returns their paths.
+
+    Args:
+        documents: see `cmoe.tracking.diagnostics`, by row.
+        title: second line of the pictures' titles.
+    """
+    rows = diagnostics.table(documents)
+    tracker.text("figures/diagnostics.csv", _csv(diagnostics.COLUMNS, rows), "experts")
+    tracker.text("figures/diagnostics.json", json.dumps({"rows": documents}, allow_nan=False) + "\n", "experts")
+    pictures, last = [], documents[-1]
+    if alike := diagnostics.similarities(last):
+        pictures.append(tracker.figure("expert_similarity", figures.similarity(alike, title)))
+    if lost := diagnostics.dropped(last):
+        pictures.append(tracker.figure("drop_one_expert", figures.drop_one(lost, last["names"], title)))
+    if known := diagnostics.calibrations(last):
+        pictures.append(tracker.figure("expert_calibration", figures.calibration(known, title)))
     return pictures
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from cmoe.tracking import figures
+from cmoe.tracking import diagnostics, figures
 from cmoe.tracking.compare import HEADLINES, headline_metrics, number, picture, table
 from cmoe.tracking.figures.style import png
 from cmoe.tracking.summary import RunSummary
@@ -48,6 +48,7 @@ def report(runs: Sequence[RunSummary], result: dict[str, Any], title: str | None
         _all_metrics(result),
         "<h2>Accuracy matrices</h2>" if views else "",
         *(_matrices(runs, view) for view in views),
+        *_experts(runs),
         "<h2>Runs</h2>",
         _runs(runs),
         "<h2>Configurations</h2>",
@@ -105,6 +106,25 @@ def _matrices(runs: Sequence[RunSummary], view: str) -> str:
         for label, run in first.items()
     ]
     return f'<div class="grid">{"".join(f"<div>{image}</div>" for image in images)}</div>'
+
+
+def _experts(runs: Sequence[RunSummary]) -> list[str]:
+    """What the experts of each label's first seed do at the end, of those that were asked."""
+    first = {}
+    for run in runs:
+        if run.experts is not None:
+            first.setdefault(run.label, run)
+    images = []
+    for label, run in first.items():
+        document, sub = run.experts, f"{label} · seed {run.seed}"
+        assert document is not None
+        if lost := diagnostics.dropped(document):
+            images.append(_image(png(figures.drop_one(lost, document["names"], sub), dpi=100), f"drop one, {label}"))
+        if known := diagnostics.calibrations(document):
+            images.append(_image(png(figures.calibration(known, sub), dpi=100), f"calibration of {label}"))
+        if alike := diagnostics.similarities(document):
+            images.append(_image(png(figures.similarity(alike, sub), dpi=100), f"similarity of experts, {label}"))
+    return ["<h2>Experts</h2>", *(f"<p>{image}</p>" for image in images)] if images else []
 
 
 def _runs(runs: Sequence[RunSummary]) -> str:

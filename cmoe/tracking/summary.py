@@ -9,6 +9,7 @@ from typing import Any
 from cmoe.errors import RunFailed, UserError, nearest
 from cmoe.metrics.matrix import View, views
 from cmoe.metrics.record import Record
+from cmoe.tracking import diagnostics
 from cmoe.tracking.files import read_json
 
 
@@ -22,6 +23,7 @@ class RunSummary:
         metrics: value by name, None where absent.
         reasons: why a metric is absent, by name.
         matrices: by view; empty when the predictions are not there.
+        experts: what was measured of experts in the last row, see `cmoe.tracking.diagnostics`; None when nothing was.
         names: of the experiences.
         parameters_total, parameters_active, wall_seconds: None when not known.
     """
@@ -35,6 +37,7 @@ class RunSummary:
     metrics: dict[str, float | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     matrices: dict[str, View] = field(default_factory=dict)
+    experts: dict[str, Any] | None = None
     names: list[str] = field(default_factory=list)
     parameters_total: int | None = None
     parameters_active: int | None = None
@@ -57,6 +60,7 @@ def read_run(folder: Path, matrices: bool = True) -> RunSummary | None:
             return summary
         summary.names = record.names
         summary.matrices = {k: v for k, v in views(record).items() if v.evaluated}
+        summary.experts = next(iter(diagnostics.load(Path(folder) / "rows", [record.last])), None)
     return summary
 
 

@@ -100,7 +100,7 @@ def test_a_router_that_needs_the_label_gives_no_free_prediction() -> None:
     made = sparse(TaskTable)
     found = classify(made, data(), 2, Outputs(None, None), None, CPU)
     assert set(found.arrays) == {"task_pred", "task_confidence"}
-    assert found.load == {"layers.0": {2: 23}}
+    assert found.traffic.load == {"layers.0": {2: 23}}
     x = torch.cat([x for x, _ in data()])
     expected = made(x, RouteContext(task=2)).logits.argmax(1)
     assert found.arrays["task_pred"].tolist() == expected.tolist()
@@ -108,7 +108,7 @@ def test_a_router_that_needs_the_label_gives_no_free_prediction() -> None:
 
 def test_load_counts_every_token_k_times() -> None:
     made = sparse(TopK, k=2, init_std=1.0)
-    load = classify(made, data(), 0, Outputs(None, None), None, CPU).load["layers.0"]
+    load = classify(made, data(), 0, Outputs(None, None), None, CPU).traffic.load["layers.0"]
     x = torch.cat([x for x, _ in data()])
     ids = made(x, RouteContext()).routings["layers.0"].ids
     assert load == {e: int((ids == e).sum()) for e in sorted(load)}

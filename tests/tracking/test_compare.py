@@ -9,11 +9,13 @@ import pytest
 from scipy import stats
 
 from cmoe.errors import UserError
+from cmoe.tracking import diagnostics
 from cmoe.tracking.compare import choose, compare, headline_metrics, picture, table
 from cmoe.tracking.figures import png
 from cmoe.tracking.report import report
 from cmoe.tracking.summary import load_runs, read_run
 
+from .documents import document
 from .runs import write_run
 
 
@@ -149,6 +151,24 @@ def test_wrong_names_say_what_there_is(root):
     write_run(root, "naive", 0, experiment="going", status="RUNNING")
     with pytest.raises(UserError, match="expected finished runs, its 1 runs are RUNNING"):
         load_runs(root, "going")
+
+
+def test_the_report_shows_the_experts_of_each_label_that_has_some(root):
+    runs = load_runs(root, "digits")
+    assert "<h2>Experts</h2>" not in report(runs, compare(runs))
+    for label, level in (("replay", "all"), ("naive", "routing")):
+        for seed in range(3):
+            rows = root / "runs" / f"digits-{label}-s{seed}-aaaaaa" / "rows"
+            diagnostics.save(rows, document(layers=1, experiences=2, seed=seed))  # not the last row
+            diagnostics.save(rows, document(layers=1, experiences=3, level=level, seed=seed))
+    runs = load_runs(root, "digits")
+    assert [run.experts["row"] for run in runs] == [2] * 6
+    assert load_runs(root, "digits", matrices=False)[0].experts is None
+    html = report(runs, compare(runs))
+    assert html.count("<h2>Experts</h2>") == 1
+    for what in ("drop one, replay", "calibration of replay", "similarity of experts, replay"):
+        assert html.count(f'alt="{what}"') == 1
+    assert "drop one, naive" not in html
 
 
 def test_the_report_is_self_contained_and_escapes(root):

@@ -26,11 +26,26 @@ class RouterLoad:
         layer: its name.
         experts: stable ids, one per column.
         share: (experiences, experts) share of the assignments, rows sum to 1; NaN where not measured.
+        information: mutual information of experience and expert in nats, and over the smaller entropy; None where not
+            known.
+        purity: share of the assignments that are of their expert's main experience.
     """
 
     layer: str
     experts: tuple[int, ...]
     share: NDArray[np.float64]
+    information: tuple[float, float | None] | None = None
+    purity: float | None = None
+
+    def facts(self) -> list[str]:
+        """Information and purity in words, those that are known."""
+        found = []
+        if self.information is not None:
+            nats, part = self.information
+            found.append(f"I(task; expert) {nats:.2f} nats" + ("" if part is None else f", {100 * part:.0f} %"))
+        if self.purity is not None:
+            found.append(f"purity {100 * self.purity:.0f} %")
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,9 +92,8 @@ def router_load(loads: Sequence[RouterLoad], names: Sequence[str], sub: str = ""
         ax.set_xlabel("expert", color=INK)
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
-        title(
-            ax, "Router load per experience" if k == 0 else "", f"{load.layer}{f' · {sub}' if sub and k == 0 else ''}"
-        )
+        lines = [sub if k == 0 else "", load.layer, *load.facts()]
+        title(ax, "Router load per experience" if k == 0 else "", "\n".join(filter(None, lines)))
     bar = figure.colorbar(image, ax=figure.axes, fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.set_label("% of assignments", color=INK, fontsize=9)

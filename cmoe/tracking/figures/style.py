@@ -49,9 +49,9 @@ def axes(figure: Figure, position: Any = 111) -> Axes:
 
 
 def title(ax: Axes, text: str, sub: str = "") -> None:
-    """A left-aligned title with an optional smaller second line."""
+    """A left-aligned title with optional smaller lines below it."""
     if sub:
-        ax.set_title(f"{escape(text)}\n", loc="left", fontsize=11, fontweight="bold", color=INK)
+        ax.set_title(escape(text) + "\n" * len(sub.splitlines()), loc="left", fontsize=11, fontweight="bold", color=INK)
         ax.annotate(
             escape(sub),
             (0, 1),
