@@ -13,7 +13,8 @@ from cmoe import checkpoint
 from cmoe.evaluation import Evaluator
 from cmoe.learners.answers import Answers
 from cmoe.learners.evaluate import Traffic
-from cmoe.learners.examine import Examination, LayerAnswers, Sample, evenly, examine, read_bytes, read_classes
+from cmoe.learners.examine import Examination, LayerAnswers, Sample, evenly, examine
+from cmoe.learners.reading import read_bytes, read_classes
 from cmoe.moe import MoELayer, diagnostics
 from cmoe.moe.diagnostics import Flow
 from cmoe.streams import Experience

@@ -7,10 +7,9 @@ for each expert, in evaluation mode. Nothing of the model changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,12 @@ from torch import Tensor
 
 from cmoe.learners.answers import Answers
 from cmoe.learners.model import Model
-from cmoe.learners.objective import PADDING
+from cmoe.learners.reading import Read
 from cmoe.moe import MoELayer, RouteContext, Routing
-from cmoe.moe.diagnostics import alone, reachable, silent, without
+from cmoe.moe.diagnostics import Tap, alone, reachable, silent, tapped, without
 
 TOKENS = 512  # whose outputs are compared, per layer
 MOST = 64  # experts of a layer; with more, it is left out
-
-# logits and targets of a batch -> log-probabilities (N, C), index of the right output (N,), and which of all the
-# batch's predictions these N are
-Read = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -104,12 +99,14 @@ def examine(model: Model, samples: Sequence[Sample], device: torch.device) -> Ex
 def _batch(model: Model, sample: Sample, x: Tensor, y: Tensor, quota: int, found: Examination) -> None:
     context, layers = RouteContext(task=sample.experience), model.moe_layers()
     with ExitStack() as stack:
-        taps = {name: stack.enter_context(_tapped(layer)) for name, layer in layers.items()}
+        taps = {name: stack.enter_context(tapped(layer)) for name, layer in layers.items()}
         output = model(x, context)
     log_probs, target, kept = sample.read(output.logits, y)
     found.model.add(sample.experience, log_probs, target)
-    for name, routing in output.routings.items():
-        layer = layers[name]
+    for name, layer in layers.items():
+        if name not in output.routings:
+            continue
+        routing = output.routings[name]
         if name not in found.layers and name not in found.left_out:
             if reason := _refusal(layer, routing):
                 found.left_out[name] = reason
@@ -145,17 +142,17 @@ class _Question:
     def _ask(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.sample.read(self.model(self.x, self.context).logits, self.y)
 
-    def alone(self, answers: LayerAnswers, gate_NE: Tensor | None, quota: int, usual: _Tap) -> None:
+    def alone(self, answers: LayerAnswers, gate_NE: Tensor | None, quota: int, usual: Tap) -> None:
         """Each expert for every token, and their answers joined."""
         task = self.sample.experience
         chosen = _spread(usual.routing, quota)
-        with silent(self.layer), _tapped(self.layer) as rest:
-            self.layer(*usual.arguments)  # what the layer gives by itself, such as shared experts
+        with silent(self.layer), tapped(self.layer) as rest:
+            self.layer(*usual.arguments, **usual.options)  # what the layer gives by itself, such as shared experts
         allowed = set(reachable(self.layer, task))
         pools: dict[str, Tensor] = {}
         target = None
         for k, expert in enumerate(self.layer.ids):
-            with alone(self.layer, expert), _tapped(self.layer) as tap:
+            with alone(self.layer, expert), tapped(self.layer) as tap:
                 log_probs, target, _ = self._ask()
             answers.alone.setdefault(expert, Answers()).add(task, log_probs, target)
             own = tap.tokens().index_select(0, chosen).float() - rest.tokens().index_select(0, chosen).float()
@@ -200,32 +197,6 @@ def _plus(total: Tensor | None, log_probs: Tensor) -> Tensor:
     return log_probs if total is None else torch.logaddexp(total, log_probs)
 
 
-class _Tap:
-    """What a layer was last given and gave."""
-
-    arguments: tuple[Any, ...]
-    output: Tensor
-    routing: Routing
-
-    def tokens(self) -> Tensor:
-        """The output as a row for each token, or for each unit of several places."""
-        return self.output.reshape(self.routing.ids.shape[0], -1)
-
-
-@contextmanager
-def _tapped(layer: MoELayer) -> Generator[_Tap]:
-    tap = _Tap()
-
-    def listen(_: Any, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
-        tap.arguments, (tap.output, tap.routing) = arguments, result
-
-    handle = layer.register_forward_hook(listen)
-    try:
-        yield tap
-    finally:
-        handle.remove()
-
-
 def _spread(routing: Routing, quota: int) -> Tensor:
     """Up to `quota` tokens without padding, evenly over the batch."""
     tokens, device = routing.ids.shape[0], routing.ids.device
@@ -238,7 +209,7 @@ def evenly(size: int, n: int) -> Tensor:
     return torch.arange(n, dtype=torch.int64) * size // max(n, 1)
 
 
-def _gate(routing: Routing, layer: MoELayer, usual: _Tap, y: Tensor) -> Tensor | None:
+def _gate(routing: Routing, layer: MoELayer, usual: Tap, y: Tensor) -> Tensor | None:
     """(N, E) the router's weights of each of the batch's predictions, rows of sum 1 (of sum 0: nobody served it).
 
     A prediction for a whole sample has the weights of all its tokens. None where it is not known whose tokens they are.
@@ -252,41 +223,3 @@ def _gate(routing: Routing, layer: MoELayer, usual: _Tap, y: Tensor) -> Tensor |
             return None
         weights = weights.view(len(y), -1, experts).sum(1)
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-300)
-
-
-def read_classes(classes_U: Tensor, columns: Tensor | None) -> Read:
-    """Reads logits (B, U) as a choice among some outputs; samples whose class is not among them are left out.
-
-    Args:
-        classes_U: the class that each output stands for; those of `columns` are different.
-        columns: the outputs to choose from; None is all.
-    """
-    own = classes_U if columns is None else classes_U.index_select(0, columns)
-
-    def read(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if columns is not None:
-            logits = logits.index_select(1, columns)
-        match = y.unsqueeze(1) == own
-        kept = match.any(1).nonzero().squeeze(1)
-        target = match.index_select(0, kept).int().argmax(1)
-        return F.log_softmax(logits.index_select(0, kept).float(), 1), target, kept
-
-    return read
-
-
-def read_bytes(block: int, blocks: int) -> Read:
-    """Reads logits (B, L, U) as the next byte of each position that is not padding.
-
-    Args:
-        block: which 256 of the outputs count.
-        blocks: how many such there are.
-    """
-
-    def read(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if blocks > 1:
-            logits = logits[..., block * 256 : (block + 1) * 256]
-        target = y.flatten()
-        kept = (target != PADDING).nonzero().squeeze(1)
-        return F.log_softmax(logits.flatten(0, 1).index_select(0, kept).float(), 1), target.index_select(0, kept), kept
-
-    return read

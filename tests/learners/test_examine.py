@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cmoe.backbones import MLP, ByteLM, ExpertLayers
 from cmoe.learners import Head, Model
 from cmoe.learners.answers import Answers
 from cmoe.learners.evaluate import Traffic
-from cmoe.learners.examine import Sample, evenly, examine, read_bytes, read_classes
+from cmoe.learners.examine import Sample, evenly, examine
 from cmoe.learners.objective import PADDING
-from cmoe.moe import ExpertView, MoELayer, RouteContext, Router, Routing
+from cmoe.learners.reading import read_bytes, read_classes
+from cmoe.moe import ExpertView, RouteContext, Router, Routing
 from cmoe.moe.routers import TaskTable, TopK
 from cmoe.moe.routing import SoftRouting
 
@@ -49,16 +50,12 @@ def samples(model: Model, parts: tuple[int, ...] = (9, 5), columns: Tensor | Non
     return [Sample(0, batches, read), Sample(1, batches[:1], read)]
 
 
-class Only(nn.Module):
-    """In place of a layer: one expert for everything, with weight 1."""
-
-    def __init__(self, layer: MoELayer, expert: int) -> None:
-        super().__init__()
-        key, self.row = layer.view.where[expert]
-        self.cohort = layer.cohorts[key]
-
-    def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
-        return self.cohort.single(x, self.row), Routing(torch.zeros(len(x), 1).long(), torch.ones(len(x), 1))
+def only(model: Model, name: str, expert: int) -> Model:
+    """A copy whose layer has no other expert; top-k before the softmax then gives it weight 1."""
+    other = copy.deepcopy(model)
+    layer = other.moe_layers()[name]
+    layer.remove([e for e in layer.ids if e != expert])
+    return other.eval()
 
 
 def log_probs(model: Model, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -82,11 +79,9 @@ def close(answers: Answers, expected: dict[int, tuple[Tensor, Tensor]]) -> None:
 def test_an_expert_alone_is_the_model_with_nothing_else_in_its_layer(name: str) -> None:
     model = classifier(k=2)
     found = examine(model, samples(model), CPU)
-    index = int(name[-1])
     close(found.model, {s.experience: log_probs(model, s) for s in samples(model)})
     for expert in (0, 1, 2):
-        other = copy.deepcopy(model)
-        other.backbone.layers[index] = Only(model.moe_layers()[name], expert)
+        other = only(model, name, expert)
         close(found.layers[name].alone[expert], {s.experience: log_probs(other, s) for s in samples(other)})
 
 
@@ -108,9 +103,7 @@ def test_joined_answers_are_their_formulas() -> None:
     for sample in samples(model):
         each = []
         for expert in layer.ids:
-            other = copy.deepcopy(model)
-            other.backbone.layers[0] = Only(layer, expert)
-            logs, y = log_probs(other, sample)
+            logs, y = log_probs(only(model, "layers.0", expert), sample)
             each.append(logs)
         logs_ENC, j = torch.stack(each), sample.experience
         x = torch.cat([b[0] for b in sample.batches])

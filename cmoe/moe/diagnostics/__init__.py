@@ -3,13 +3,14 @@
 - `load`: who does how much. `flow`: the same over many batches, with entropy, dropped assignments and cost.
 - `specialisation`: how much an expert says about the task (mutual information, purity).
 - `similarity`: how alike experts are (cosine and CKA of their outputs, disagreement of their predictions).
-- `intervene`: the layer with one expert alone, or without one, weights and counters untouched.
+- `intervene`: the layer with one expert alone, or without one, weights and counters untouched; `listen`: what it does.
 
 Functions of a `Routing` read it after the fact (they wait for the device).
 """
 
 from cmoe.moe.diagnostics.flow import Flow, active_flops, flops_per_token, router_entropy
 from cmoe.moe.diagnostics.intervene import alone, reachable, silent, without
+from cmoe.moe.diagnostics.listen import Tap, tapped
 from cmoe.moe.diagnostics.load import add_loads, dead, load, load_cv, load_entropy, max_over_mean
 from cmoe.moe.diagnostics.similarity import disagreement, linear_cka, mean_of_pairs, pairwise_cosine
 from cmoe.moe.diagnostics.specialisation import (
@@ -21,6 +22,7 @@ from cmoe.moe.diagnostics.specialisation import (
 
 __all__ = [
     "Flow",
+    "Tap",
     "active_flops",
     "add_loads",
     "alone",
@@ -41,5 +43,6 @@ __all__ = [
     "reachable",
     "router_entropy",
     "silent",
+    "tapped",
     "without",
 ]
