@@ -12,7 +12,10 @@ from cmoe.tracking.layout import flatten
 from cmoe.tracking.summary import RunSummary
 
 # settings that change no result, or that runs are averaged over
-APART = ("seed", "label", "experiment", "plugins", "tracking.", "checkpoint.", "trainer.log_every", "trainer.chunk")
+APART = (
+    "seed", "label", "experiment", "plugins", "tracking.", "checkpoint.", "trainer.log_every", "trainer.chunk",
+    "evaluation.diagnostics",
+)  # fmt: skip
 SHARED = ("stream.", "evaluation.")  # what a fair comparison has in common
 SHOWN = 3  # differing settings in a label
 

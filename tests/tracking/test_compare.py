@@ -95,6 +95,16 @@ def test_runs_of_other_settings_are_not_averaged(root):
     assert (cell["n"], cell["difference"]["n"]) == (2, 2)
 
 
+def test_what_is_only_measured_tells_no_runs_apart(root):
+    asked = {"diagnostics": "all", "diagnostics_samples": 32, "rows": "all"}
+    for seed, evaluation in ((7, asked), (8, {"diagnostics": "routing", "diagnostics_samples": 512, "rows": "all"})):
+        config = {"seed": seed, "strategy": [{"name": "asked"}], "evaluation": evaluation}
+        write_run(root, "asked", seed, config=config)
+    runs, notes = choose([run for run in load_runs(root, "digits") if run.label == "asked"])
+    assert compare(runs)["seeds"] == {"asked": [7, 8]}
+    assert notes == []
+
+
 def test_the_settings_that_tell_most_are_named(root):
     """Two of six keys tell four settings apart; the others would make the labels long and say nothing more."""
     for i in range(4):
