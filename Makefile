@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the version that made requirements.lock; only the bootstrap uses it, the lock holds the rest
 UV := uv==0.13.9
 
-.PHONY: help setup demo test lint format chaos bench bench-gpu docs lock
+.PHONY: help setup demo test lint format chaos bench bench-gpu routers docs lock
 .DEFAULT_GOAL := help
 export OMP_WAIT_POLICY := passive
 
@@ -17,6 +17,7 @@ help:
 	@echo "make chaos   200 random kills, each resumed and compared bit by bit"
 	@echo "make bench   speed beside a hand-written loop and Avalanche's own, and the MoE layer's beside other libraries"
 	@echo "make bench-gpu  the MoE layer's on one GPU, in bfloat16"
+	@echo "make routers  every router on two streams, the table of docs/routers.md (half an hour; DATA=DIR has CLINC150)"
 	@echo "make docs    the generated references and tables of docs/"
 	@echo "make lock    requirements.lock from pyproject.toml"
 
@@ -60,6 +61,9 @@ bench: setup
 bench-gpu: setup
 	@$(BIN)/python benchmarks/moe_layer.py --device cuda
 	@$(BIN)/python benchmarks/moe_scale.py --device cuda --dtype bfloat16
+
+routers: setup
+	@$(BIN)/python benchmarks/routers.py --docs docs $(if $(DATA),--data $(DATA))
 
 docs: setup
 	@$(BIN)/python -m cmoe.cli.reference docs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from cmoe.cli.show import look_up
 from cmoe.config.study import grid, read_study
 from cmoe.plugins import Catalogue
 
-from .blocks import ROOT, commands, write_files
+from .blocks import PAGES, ROOT, commands, write_files
 
 LINES = commands()
 
@@ -64,5 +65,14 @@ def test_the_readme_names_every_command() -> None:
 
 def test_the_makefile_has_the_targets_that_documents_name() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ("setup", "demo", "test", "lint", "format", "chaos", "bench", "docs", "lock"):
+    for target in ("setup", "demo", "test", "lint", "format", "chaos", "bench", "routers", "docs", "lock"):
         assert f"\n{target}:" in makefile
+
+
+def test_the_programs_that_documents_name_are_there_and_know_the_options() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(r"python (benchmarks/\w+\.py)((?: +[-\w/]+)*)", text)
+    assert "benchmarks/routers.py" in {program for program, _ in named}
+    for program, arguments in named:
+        source = (ROOT / program).read_text(encoding="utf-8")
+        assert all(f'"{option}"' in source for option in re.findall(r"--[a-z-]+", arguments)), (program, arguments)
