@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 
-def _mean(values_T: Tensor, valid: Tensor | None) -> Tensor:
+def mean(values_T: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the valid tokens (None: all)."""
     if valid is None:
         return values_T.sum() / max(values_T.numel(), 1)
     # where, not a product: a padded row may be anything, inf * 0 included
@@ -92,13 +93,13 @@ def switch_loss(
 
 def z_loss(logits_TE: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean squared logsumexp of the scores, which keeps them small (Zoph et al. 2022, ST-MoE, equation 5)."""
-    return _mean(logits_TE.logsumexp(-1).square(), valid)
+    return mean(logits_TE.logsumexp(-1).square(), valid)
 
 
 def entropy_loss(logits_TE: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean entropy in nats of each token's distribution over experts: minimise it for decided routing."""
     log_probs_TE = logits_TE.log_softmax(-1)
-    return _mean(-(log_probs_TE.exp() * log_probs_TE).sum(-1), valid)
+    return mean(-(log_probs_TE.exp() * log_probs_TE).sum(-1), valid)
 
 
 def mutual_information_loss(probs_TE: Tensor, task_T: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -133,14 +134,17 @@ def orthogonality_loss(vectors: list[Tensor]) -> Tensor:
     return (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
 
 
-def consistency_loss(first: Tensor, second: Tensor) -> Tensor:
+def consistency_loss(first: Tensor, second: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean symmetric Kullback-Leibler divergence in nats of two predictions of one input (THOR, Zuo et al. 2022).
 
     Args:
-        first, second: logits (B, C) of two passes with different experts.
+        first, second: logits (B, C) of two passes with different experts; −inf, in both, for outputs that are not meant.
+        valid: (B,) which predictions count; None is all.
     """
     p, q = first.log_softmax(-1), second.log_softmax(-1)
-    return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+    meant = p > -math.inf
+    p, q = torch.where(meant, p, 0.0), torch.where(meant, q, 0.0)
+    return mean(0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1), valid)
 
 
 def mutual_distillation_loss(outputs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -213,6 +213,8 @@ class Router(nn.Module):
         isolatable: given the experts that a task may see, its routing does not depend on any other expert.
         needs: names of the `RouteContext` fields that must be given.
         needs_with: option -> its value -> further such names, for needs that an option brings.
+        causal_with: option -> its value -> False where that value makes a causal router look ahead.
+        routing_kind: the kind of its routings: 'sparse' (assignments), 'soft' or 'merge'.
         columns: cohort key -> module whose parameters have one row per expert of that cohort.
     """
 
@@ -223,6 +225,8 @@ class Router(nn.Module):
     isolatable: bool = False
     needs: frozenset[str] = frozenset()
     needs_with: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {}
+    causal_with: ClassVar[dict[str, dict[str, bool]]] = {}
+    routing_kind: ClassVar[str] = "sparse"
 
     def __init__(self, dim: int) -> None:
         super().__init__()

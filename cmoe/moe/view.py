@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,11 +31,15 @@ class Columns:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _tensor(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
+    def cached(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that depends on nothing but these columns, made when it is first asked for."""
         found = self._tensors.get((name, device))
         if found is None:
-            found = self._tensors[(name, device)] = torch.tensor(values, dtype=torch.int64, device=device)
+            found = self._tensors[(name, device)] = make().to(device)
         return found
+
+    def _tensor(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
+        return self.cached(name, device, lambda: torch.tensor(values, dtype=torch.int64))
 
     def ids_E(self, device: torch.device) -> Tensor:
         """The expert ids as a tensor."""
@@ -90,8 +94,12 @@ class ExpertView(Columns):
         self.first: tuple[int, ...] = next(iter(cohorts.values()), ())
         self._slices: dict[tuple[int, ...], Columns] = {}
 
-    def slice(self, visible: tuple[int, ...] | None) -> Columns:
+    def slice(self, visible: tuple[int, ...] | None, keep: bool = True) -> Columns:
         """The columns of the visible experts, in column order (None: all).
+
+        Args:
+            visible: expert ids.
+            keep: whether to remember them; not for a choice that hardly comes again.
 
         Raises:
             ValueError: an id is unknown, or none is visible.
@@ -108,5 +116,7 @@ class ExpertView(Columns):
                 rows = tuple(row for row, expert in enumerate(ids) if expert in visible)
                 if rows:
                     parts.append((key, tuple(ids[row] for row in rows), None if len(rows) == len(ids) else rows))
-            found = self._slices[visible] = Columns(tuple(parts))
+            found = Columns(tuple(parts))
+            if keep:
+                self._slices[visible] = found
         return found

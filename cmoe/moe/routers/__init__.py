@@ -3,6 +3,7 @@
 from cmoe.moe.routers.adaptive import NullExperts, ReLU, Threshold
 from cmoe.moe.routers.balanced import Base, Sinkhorn
 from cmoe.moe.routers.contextual import Attention, KMeans, Recurrent
+from cmoe.moe.routers.dselect import DSelectK
 from cmoe.moe.routers.expert_choice import ExpertChoice
 from cmoe.moe.routers.hierarchical import Hierarchical
 from cmoe.moe.routers.labelled import PerTask, TaskEmbedding
@@ -24,8 +25,12 @@ from cmoe.moe.routers.presets import (
     Switch,
     TopP,
 )
+from cmoe.moe.routers.product_keys import ProductKeys
 from cmoe.moe.routers.scored import Scored
+from cmoe.moe.routers.smear import Smear
+from cmoe.moe.routers.soft import Soft
 from cmoe.moe.routers.sparsemixer import SparseMixer
+from cmoe.moe.routers.stable import StableMoE
 from cmoe.moe.routers.table import TaskTable
 from cmoe.moe.routers.topk import TopK
 
@@ -58,6 +63,11 @@ ROUTERS = {
     "recurrent": Recurrent,
     "kmeans": KMeans,
     "expert_choice": ExpertChoice,
+    "dselect_k": DSelectK,
+    "stable_moe": StableMoE,
+    "product_keys": ProductKeys,
+    "soft": Soft,
+    "smear": Smear,
     "task_table": TaskTable,
     "task_embedding": TaskEmbedding,
     "per_task": PerTask,

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmoe.config.types import Count, NonNegative, Positive, PositiveInt
 from cmoe.moe import losses
 from cmoe.moe.routers.parts import select, weigh
-from cmoe.moe.routers.parts.scores import Score, Thresholded
+from cmoe.moe.routers.parts.scores import Score, Thresholded, product
 from cmoe.moe.routers.parts.select import Selection
 from cmoe.moe.routers.scored import Scored
 from cmoe.moe.routers.topk import TopK
@@ -101,7 +100,7 @@ class NullExperts(TopK):
             raise ValueError(f"null_experts: noise: expected 'none', got {self.noise!r}")
 
     def _route(self, x_TD: Tensor, context: RouteContext, columns: Columns, training: bool):
-        self._null_TN = F.linear(x_TD, self.nulls)
+        self._null_TN = product(x_TD, self.nulls)
         try:
             return super()._route(x_TD, context, columns, training)
         finally:

@@ -52,6 +52,9 @@ class Hierarchical(Scored):
     def make_score(self) -> Score:
         return TwoLevels(self.dim, self.init_std, self.groups)
 
+    def least(self) -> int:
+        return self.k * self.k_groups
+
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
         runs = select.blocks(scores_TE.shape[1], self.groups)
         # a group's log-probability is that of its experts together

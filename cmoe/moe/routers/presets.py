@@ -70,6 +70,9 @@ class GShard(Scored):
 
     exact_k = False
 
+    def least(self) -> int:
+        return 2
+
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
         return select.random_second(scores_TE, context.generator, training)
 
@@ -94,6 +97,9 @@ class Prototypes(Scored):
 
     groups: PositiveInt = 2
     switch: NonNegative = 0.01
+
+    def least(self) -> int:
+        return self.groups
 
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
         return select.best_of_each(scores_TE, self.groups)
@@ -311,6 +317,7 @@ class Hash(_Unlearned):
     seed: int = 0
 
     needs = frozenset({"token_ids"})
+    by_token_id: ClassVar[bool] = True
 
     def make_score(self) -> Score:
         return scores.Hashed(self.dim, self.seed)

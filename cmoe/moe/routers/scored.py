@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmoe.config.types import NonNegative
+from cmoe.config.types import Fraction, NonNegative
 from cmoe.moe import losses
-from cmoe.moe.routers.parts import capacity, weigh
+from cmoe.moe.routers.parts import capacity, dropout, weigh
 from cmoe.moe.routers.parts.scores import Linear, Score
 from cmoe.moe.routers.parts.select import Selection
-from cmoe.moe.routing import RouteContext, Router, Routing, score_dtype
+from cmoe.moe.routers.sparse import Sparse
+from cmoe.moe.routing import RouteContext, Routing, score_dtype
 from cmoe.moe.view import NONE, Columns, ExpertView
 
 
-@dataclass(eq=False, repr=False)
-class Scored(Router):
+@dataclass(eq=False, repr=False, kw_only=True)
+class Scored(Sparse):
     """Base of routers by score: a preset says how it scores, selects and weighs.
 
-    Scores are computed in at least float32. The options here are every preset's.
+    The options here are every preset's.
 
     Options:
-        restrict: 'task' lets a token see only the experts assigned to its task (a task without any sees all; in a batch
-            of several tasks each task's tokens are routed apart), 'none' all that the context lets it see.
         capacity: each expert takes at most ⌈capacity · tokens · experts per token / experts⌉ tokens of a batch; 0 is no
             limit (dropless). Tokens left out get 0 from that expert.
         drop: who is left out: later tokens ('order'), lower weights ('weight', batch priority routing, Riquelme et al.
@@ -36,38 +34,31 @@ class Scored(Router):
         importance: weight of the squared coefficient of variation of the experts' summed weights.
         z: weight of the mean squared logsumexp of the scores.
         entropy: weight of the mean entropy of each token's distribution over experts.
+        mutual_information: weight of minus the mutual information of task label and expert in a batch, which draws
+            experts to tasks (Mod-Squad, Chen et al. 2023); 0 in a batch of one task.
         orthogonality: weight of the mean squared cosine between different experts' score vectors.
+        expert_dropout: probability with which an expert is left out of a training batch, as if it were not there; as many
+            stay as a token needs.
         init_std: standard deviation of the initial score vectors.
     """
 
-    dim: int
-    _: KW_ONLY
-    restrict: Literal["none", "task"] = "none"
     capacity: NonNegative = 0.0
     drop: Literal["order", "weight", "random"] = "order"
     switch: NonNegative = 0.0
     importance: NonNegative = 0.0
     z: NonNegative = 0.0
     entropy: NonNegative = 0.0
+    mutual_information: NonNegative = 0.0
     orthogonality: NonNegative = 0.0
+    expert_dropout: Fraction = 0.0
     init_std: NonNegative = 0.02
 
-    causal = True
-    permutation_equivariant = True
     exact_k = True
     fixed_k = True  # whether K of a batch is known before its tokens are
-    isolatable = True  # with `restrict: task`, or with a context that says what is visible
-    needs_with: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {"restrict": {"task": ("task",)}}
 
     def __post_init__(self) -> None:
-        options = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        super().__init__(self.dim)
-        for name, value in options.items():
-            setattr(self, name, value)
-        self.check()
+        super().__post_init__()
         self.score = self.make_score()
-        if self.restrict == "task":
-            self.needs = self.needs | {"task"}
         if self.capacity:
             # who else is in the batch decides who finds a place
             self.permutation_equivariant = self.drop == "weight"
@@ -77,14 +68,15 @@ class Scored(Router):
     # -- what a preset defines -----------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse options out of range.
+        super().check()
+        if self.drop not in ("order", "weight", "random"):
+            raise ValueError(f"drop: expected one of ('order', 'weight', 'random'), got {self.drop!r}")
+        if not 0 <= self.expert_dropout < 1:
+            raise ValueError(f"expert_dropout: expected at least 0 and less than 1, got {self.expert_dropout}")
 
-        Raises:
-            ValueError: with the option's name.
-        """
-        for name, known in (("restrict", ("none", "task")), ("drop", ("order", "weight", "random"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+    def least(self) -> int:
+        """Experts that a token must be able to choose from; fewer are never left by expert dropout."""
+        return int(getattr(self, "k", 1))
 
     def make_score(self) -> Score:
         """How well each expert suits a token; linear by default."""
@@ -107,6 +99,10 @@ class Scored(Router):
     def learn_from(self, scores_TE: Tensor, columns_TK: Tensor, absent_TK: Tensor | None, columns: Columns) -> None:
         """Adjust what is learned without a gradient; called once for each training batch."""
 
+    def mean_entropy(self, scores_TE: Tensor, valid: Tensor | None) -> Tensor:
+        """What the option `entropy` weighs."""
+        return losses.entropy_loss(scores_TE, valid)
+
     def extra_losses(
         self,
         scores_TE: Tensor,
@@ -126,60 +122,14 @@ class Scored(Router):
     def reset_columns(self, columns: nn.Module) -> None:
         self.score.reset_columns(columns)
 
-    def forward(self, x_TD: Tensor, context: RouteContext, experts: ExpertView) -> Routing:
-        if self.restrict == "task" and isinstance(context.task, Tensor):
-            return self._by_label(x_TD, context, context.task, experts)
-        columns = experts.slice(self._visible(context, experts))
-        training = self.training if context.training is None else context.training
-        if torch.is_autocast_enabled(x_TD.device.type):
-            # the selective precision of Switch: bfloat16 scores would tie and flip choices
-            with torch.autocast(x_TD.device.type, enabled=False):
-                return self._route(x_TD.float(), context, columns, training)
-        return self._route(x_TD, context, columns, training)
-
-    def _visible(self, context: RouteContext, experts: ExpertView) -> tuple[int, ...] | None:
-        if self.restrict == "none":
-            return context.visible
-        if not isinstance(context.task, int):
-            raise ValueError("restrict: task needs a task label in the context, got none")
-        assigned = experts.tasks.get(context.task)
-        if assigned is None or context.visible is None:
-            return assigned or context.visible
-        return tuple(expert for expert in assigned if expert in context.visible)
-
-    def _by_label(self, x_TD: Tensor, context: RouteContext, task_T: Tensor, experts: ExpertView) -> Routing:
-        """A batch of several tasks: each task's tokens are routed as if they came alone.
-
-        Auxiliary losses are averaged with the shares of the tokens. There is no common score matrix, so no logits.
-        """
-        order_T, groups, aux = [], [], {}
-        dropped: Tensor | None = None
-        for label in task_T.unique().tolist():
-            of_label = (task_T == label).nonzero().squeeze(1)
-            fields = {
-                name: value.index_select(0, of_label)
-                for name in ("token_ids", "sequence", "position", "valid", "replay", "state")
-                if isinstance(value := getattr(context, name), Tensor)
-            }
-            routing = self(x_TD.index_select(0, of_label), replace(context, task=int(label), **fields), experts)
-            for name, loss in routing.aux.items():
-                aux[name] = aux.get(name, 0.0) + loss * (len(of_label) / len(x_TD))
-            if routing.dropped is not None:
-                dropped = routing.dropped if dropped is None else dropped + routing.dropped
-            order_T.append(of_label)
-            groups.append(routing)
-        back_T = torch.cat(order_T).argsort()
-        k = max(g.ids.shape[1] for g in groups)
-        ids_TK = torch.cat([F.pad(g.ids, (0, k - g.ids.shape[1]), value=NONE) for g in groups])
-        weights_TK = torch.cat([F.pad(g.weights, (0, k - g.weights.shape[1])) for g in groups])
-        return Routing(
-            ids=ids_TK.index_select(0, back_T),
-            weights=weights_TK.index_select(0, back_T),
-            columns=experts.ids,
-            aux=aux,
-            dropped=dropped,
-            valid=context.valid,
-        )
+    def _among(self, experts: ExpertView, context: RouteContext, training: bool) -> Columns:
+        columns = super()._among(experts, context, training)
+        if not (training and self.expert_dropout and context.replay is None):
+            return columns
+        stay = dropout.kept((len(columns),), self.expert_dropout, self.least(), context.generator).tolist()
+        if all(stay):
+            return columns
+        return experts.slice(tuple(i for i, here in zip(columns.ids, stay, strict=True) if here), keep=False)
 
     def _scores(self, x_TD: Tensor, context: RouteContext, columns: Columns) -> tuple[Tensor, Any]:
         # One product per cohort: an old column's scores never depend on how many came later, and a frozen cohort
@@ -232,7 +182,7 @@ class Scored(Router):
         if self.capacity and context.replay is None:
             late_TK = self._late(columns_TK, absent_TK, weights_TK, len(columns), context)
             weights_TK = weights_TK.masked_fill(late_TK, 0.0)
-            dropped = late_TK.sum()
+            dropped = late_TK.sum(1)
             absent_TK = late_TK if absent_TK is None else absent_TK | late_TK
         ids_TK = columns.to_ids(columns_TK)
         if absent_TK is not None:
@@ -277,11 +227,31 @@ class Scored(Router):
         if self.z:
             aux["z"] = self.z * losses.z_loss(scores_TE, valid)
         if self.entropy:
-            aux["entropy"] = self.entropy * losses.entropy_loss(scores_TE, valid)
+            aux["entropy"] = self.entropy * self.mean_entropy(scores_TE, valid)
+        if self.mutual_information:
+            probs_TE = scores_TE.softmax(-1)
+            task_T = self._tasks(context, probs_TE)
+            aux["mutual_information"] = self.mutual_information * losses.mutual_information_loss(
+                probs_TE, task_T, valid
+            )
         if self.orthogonality:
-            vectors = [getattr(self.columns[key], "weight", None) for key, _ in columns.parts]
-            aux["orthogonality"] = self.orthogonality * losses.orthogonality_loss([v for v in vectors if v is not None])
+            own = [getattr(self.columns[key], "weight", None) for key, _ in columns.parts if key in self.columns]
+            vectors = [weight for weight in own if weight is not None]
+            if vectors:  # a score may have none
+                aux["orthogonality"] = self.orthogonality * losses.orthogonality_loss(vectors)
         return aux | self.extra_losses(scores_TE, chosen_TE, scale_TE, columns_TK, context)
+
+    def _tasks(self, context: RouteContext, probs_TE: Tensor) -> Tensor:
+        """The task label of each token.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if context.task is None:
+            raise ValueError("mutual_information: expected task labels in the context, got none")
+        if isinstance(context.task, Tensor):
+            return context.task
+        return torch.full((len(probs_TE),), context.task, dtype=torch.int64, device=probs_TE.device)
 
 
 class Visible:

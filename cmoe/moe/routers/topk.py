@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from cmoe.config.types import NonNegative, PositiveInt
 from cmoe.moe import losses
 from cmoe.moe.routers.parts import select, weigh
-from cmoe.moe.routers.parts.scores import Linear, Rows, Score
+from cmoe.moe.routers.parts.scores import Linear, Rows, Score, product
 from cmoe.moe.routers.parts.select import Selection
 from cmoe.moe.routers.scored import Scored
-from cmoe.moe.routing import RouteContext, score_dtype
+from cmoe.moe.routing import RouteContext
 from cmoe.moe.view import Columns, ExpertView
 
 
@@ -87,8 +87,7 @@ class TopK(Scored):
         if self.noise == "gaussian":
             return scores_TE + noise_TE / max(scores_TE.shape[1], 1), None
         rows = [self.rows_of(key, rows, columns, x_TD.device) for key, rows in columns.parts]
-        scales = [F.linear(x_TD, own.noise) for own in rows]
-        scale_TE = F.softplus(torch.cat(scales, 1).to(score_dtype(x_TD.dtype)))
+        scale_TE = F.softplus(torch.cat([product(x_TD, own.noise) for own in rows], 1))
         return scores_TE + noise_TE * scale_TE, scale_TE
 
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:

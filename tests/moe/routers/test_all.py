@@ -1,7 +1,11 @@
-"""Properties that every router has, each where it is declared."""
+"""Properties that every router which assigns tokens to experts has, each where it is declared.
+
+Routers that mix tokens or merge experts have no ids: `test_unassigned.py`.
+"""
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -12,7 +16,7 @@ from cmoe.moe import ROUTERS, MoELayer, RouteContext
 
 DIM, TOKENS = 8, 24
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{name: {"name": name} for name in ROUTERS},
+    **{name: {"name": name} for name, router in ROUTERS.items() if router.routing_kind == "sparse"},
     "topk, noise": {"name": "topk", "noise": "gaussian", "k": 3},
     "topk, capacity": {"name": "topk", "capacity": 0.7},
     "topk, capacity by weight": {"name": "topk", "capacity": 0.7, "drop": "weight"},
@@ -22,14 +26,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "task_embedding, alone": {"name": "task_embedding", "alone": True},
     "hierarchical, two groups": {"name": "hierarchical", "groups": 3, "k_groups": 2, "k": 1},
     "null_experts, many": {"name": "null_experts", "k": 4, "null": 6},
+    "topk, sequences": {"name": "topk", "level": "sequence", "z": 0.1},
+    "switch, sequences": {"name": "switch", "level": "sequence", "noise": "none", "capacity": 0.7},
+    "recurrent, sequences": {"name": "recurrent", "level": "sequence"},
+    "relu, sequences": {"name": "relu", "level": "sequence"},
+    "topk, expert dropout": {"name": "topk", "expert_dropout": 0.5},
+    "topk, mutual information": {"name": "topk", "mutual_information": 0.1},
+    "hash, orthogonality": {"name": "hash", "orthogonality": 0.1},
+    "dselect_k, decided": {"name": "dselect_k", "gamma": 0.05, "k": 3},
+    "dselect_k, static": {"name": "dselect_k", "gate": "static"},
+    "dselect_k, by task": {"name": "dselect_k", "gate": "task"},
+    "stable_moe, second stage": {"name": "stable_moe", "after": 1},
+    "stable_moe, by token id": {"name": "stable_moe", "distil": "token_ids"},
+    "product_keys, one head": {"name": "product_keys", "heads": 1, "k": 3},
+    "product_keys, two heads": {"name": "product_keys", "heads": 2, "k": 2, "norm": "none"},
 }
 SUMS_TO_ONE = {
     "topk", "noisy_topk", "dense", "gshard", "gaussian", "student_t", "laplace", "quadratic", "sigmoid_bias", "threshold",
     "hash", "random", "frozen_random", "attention", "recurrent", "kmeans", "task_table", "task_embedding", "per_task",
+    "dselect_k",
 }  # fmt: skip
 AT_MOST_ONE = {
     "switch", "hierarchical", "prototypes", "cosine", "perturbed_cosine", "top_p", "null_experts", "base", "sinkhorn",
-    "sparsemixer", "expert_choice",
+    "sparsemixer", "expert_choice", "stable_moe",
 }  # fmt: skip
 # the gradient is an estimate by design, or there is none to compare with
 NO_TRUE_GRADIENT = {
@@ -58,6 +77,7 @@ def context(tokens: int = TOKENS, **more: Any) -> RouteContext:
     return RouteContext(
         task=torch.arange(tokens) % 3,
         token_ids=torch.arange(tokens) * 7 % 11,
+        sequence=torch.arange(tokens) // 5,
         generator=torch.Generator().manual_seed(0),
         **more,
     )
@@ -105,7 +125,7 @@ def test_permuted_tokens_are_routed_alike(variant: str) -> None:
         pytest.skip("the router declares that it is not permutation equivariant")
     x, order = inputs(), torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3))
     where = context()
-    moved = RouteContext(task=where.task[order], token_ids=where.token_ids[order])
+    moved = RouteContext(task=where.task[order], token_ids=where.token_ids[order], sequence=where.sequence[order])
     before, after = route(layer, x, where), route(layer, x[order], moved)
     torch.testing.assert_close(_dense(before, layer)[order], _dense(after, layer))
 
@@ -116,25 +136,12 @@ def test_a_causal_router_sees_no_later_token(variant: str, training: bool) -> No
     layer = make(variant).train(training)
     if not layer.router.causal:
         pytest.skip("the router declares that it is not causal, and configurations that need it are refused")
+    fresh = copy.deepcopy(layer)  # a router may learn something from a batch
     x = inputs()
     changed = torch.cat([x[:10], inputs(seed=9)[10:]])
     a = _dense(route(layer, x), layer)[:10]
-    fresh = make_again(layer, variant).train(training)
     b = _dense(route(fresh, changed), fresh)[:10]
     torch.testing.assert_close(a, b)
-
-
-def make_again(layer: MoELayer, variant: str) -> MoELayer:
-    """The layer as it was before its router learned something from a batch."""
-    torch.manual_seed(0)
-    again = make(variant)
-    state = {k: v for k, v in layer.state_dict().items() if "bias" not in k and "centre" not in k}
-    again.load_state_dict(state, strict=False)
-    for key, module in layer.router.columns.items():
-        for name in ("centre", "bias"):
-            if hasattr(module, name):  # buffers that the first batch moved
-                getattr(again.router.columns[key], name).copy_(getattr(module, name))
-    return again
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -160,7 +167,7 @@ def test_padding_goes_nowhere(variant: str) -> None:
     if VARIANTS[variant]["name"] != "random":
         torch.testing.assert_close(_dense(a, layer), _dense(b, layer))
     layer.train()
-    a, b = (route(make_again(layer, variant).train(), v, context(valid=valid)).aux for v in (x, poisoned))
+    a, b = (route(copy.deepcopy(layer), v, context(valid=valid)).aux for v in (x, poisoned))
     assert a.keys() == b.keys()
     for name, loss in a.items():
         assert loss.item() == pytest.approx(b[name].item(), rel=1e-6, abs=1e-9), name
@@ -192,6 +199,23 @@ def test_the_gradient_of_the_weights_is_that_of_their_formula(variant: str) -> N
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_of_the_losses_is_that_of_their_formula(variant: str) -> None:
+    """With respect to tokens and parameters, along random directions in float64, for the choice that was made."""
+    layer = make(variant)
+    ids = route(copy.deepcopy(layer), inputs()).ids
+    parameters = {name: p.detach().requires_grad_() for name, p in layer.router.named_parameters()}
+
+    def losses(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        again = copy.deepcopy(layer.router)  # what is learned without a gradient is learned once
+        given = dict(zip(parameters, values, strict=True))
+        aux = torch.func.functional_call(again, given, (x, context(replay=ids), layer.view)).aux
+        return torch.stack(list(aux.values())) if aux else x.sum()
+
+    x = inputs().requires_grad_(VARIANTS[variant]["name"] != "stable_moe")  # its small router shapes nothing but itself
+    assert torch.autograd.gradcheck(losses, (x, *parameters.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_structure_and_state_come_back(variant: str) -> None:
     layer = make(variant)
     layer(inputs(), context())  # what is learned without a gradient is part of it
@@ -214,14 +238,15 @@ def test_what_is_frozen_stays(variant: str) -> None:
     layer = make(variant)
     layer.freeze([0, 5])
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
-    before = _rows(layer, (0, 5))
+    before = _frozen(layer)
+    assert before
     for seed in range(3):
         optimizer.zero_grad()
         y, routing = layer(inputs(seed=seed), context())
         total = y.square().sum() + sum(routing.aux.values())
         total.backward()
         optimizer.step()
-    for name, value in _rows(layer, (0, 5)).items():
+    for name, value in _frozen(layer).items():
         assert torch.equal(before[name], value), name
 
 
@@ -259,15 +284,15 @@ def _dense(routing: Any, layer: MoELayer) -> torch.Tensor:
     return out.scatter_add(1, routing.ids + 1, routing.weights)[:, 1:]
 
 
-def _rows(layer: MoELayer, ids: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    found = {}
-    for modules in layer.stacked_modules():
-        for key, module in modules.items():
-            for name, p in module.named_parameters():
-                for row, expert in enumerate(layer.cohort_ids[key]):
-                    if expert in ids:
-                        found[f"{expert} {type(module).__name__} {name}"] = p.detach()[row].clone()
-    return found
+def _frozen(layer: MoELayer) -> dict[str, torch.Tensor]:
+    """Weights and router columns of the frozen cohorts."""
+    return {
+        f"{key} {type(module).__name__} {name}": p.detach().clone()
+        for modules in layer.stacked_modules()
+        for key, module in modules.items()
+        if key in layer.frozen_keys
+        for name, p in module.named_parameters()
+    }
 
 
 def test_centroids_follow_the_tokens_and_not_their_jittered_copies() -> None:

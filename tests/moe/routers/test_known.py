@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from soft_moe_pytorch import SoftMoE
 
 from cmoe.moe import MoELayer, RouteContext, losses
 from cmoe.moe.routers.parts import capacity, select
@@ -298,8 +300,9 @@ def test_hash_moves_few_tokens_when_an_expert_is_added():
     assert 0.15 < moved.double().mean() < 0.25
 
 
-def test_sparsemixer_samples_near_experts_and_halves_the_step_of_others():
-    """Drawn from the softmax over experts near the best; a gradient is halved where another than the best was drawn."""
+def test_sparsemixer_samples_near_experts_and_takes_heuns_steps():
+    """Drawn from the softmax over experts near the best; others than the best with a third of the weight in 3 of 4 cases,
+    with the gradient of the whole weight."""
     layer = MoELayer(4, 4, experts=4, router={"name": "sparsemixer", "jitter": 0.15, "switch": 0.0}).double().train()
     with torch.no_grad():
         layer.router.columns["0"].weight.copy_(torch.eye(4))
@@ -310,13 +313,19 @@ def test_sparsemixer_samples_near_experts_and_halves_the_step_of_others():
     p = scores[:3].softmax(-1)
     torch.testing.assert_close(torch.bincount(drawn, minlength=4)[:3].double() / 8000, p, atol=0.02, rtol=0)
     assert not (drawn == 3).any()
-    torch.testing.assert_close(routing.weights[:, 0], p[drawn])
+    share = routing.weights[:, 0].detach() / p[drawn]
+    torch.testing.assert_close(share[drawn == 0], torch.ones_like(share[drawn == 0]))
+    others = share[drawn != 0]
+    assert ((others - 1).abs() < 1e-9).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert ((others - 1 / 3).abs() < 1e-9).double().mean().item() == pytest.approx(0.75, abs=0.02)
     routing.weights.sum().backward()
     for e in range(3):
         jacobian = p[e] * (torch.eye(3, dtype=torch.float64)[e] - p)  # of softmax
-        expected = jacobian * (1.0 if e == 0 else 0.5)
         assert x_TD.grad is not None
-        torch.testing.assert_close(x_TD.grad[drawn == e][0, :3], expected)
+        torch.testing.assert_close(x_TD.grad[drawn == e][:, :3], jacobian.expand(int((drawn == e).sum()), 3))
+    layer.eval()
+    routing = layer.router(x_TD, RouteContext(), layer.view)
+    torch.testing.assert_close(routing.weights[:, 0], p[:1].expand(8000))
 
 
 def test_losses_against_their_formulas():
@@ -347,3 +356,73 @@ def test_losses_against_their_formulas():
     counts = np.bincount(cols.numpy()[~absent.numpy()], minlength=4)
     expected = 4 * (counts / counts.sum() * p.mean(0)).sum()
     assert losses.switch_loss(probs, cols, None, absent).item() == pytest.approx(expected)
+
+
+def gelu(h):
+    return 0.5 * h * (1 + np.vectorize(math.erf)(h / np.sqrt(2)))
+
+
+def ffn(layer, tokens, merge=None):
+    """(E, ..., D) of every expert of a layer on its own tokens (E, ..., D); with `merge` (E,) of one merged expert."""
+    p = {name: q.detach().numpy() for name, q in layer.cohorts["0"].named_parameters()}
+    if merge is not None:
+        p = {name: np.tensordot(merge, q, 1)[None] for name, q in p.items()}
+    h = gelu(
+        np.einsum("e...d,edh->e...h", tokens, p["w1"]) + p["b1"].reshape(len(p["b1"]), *[1] * (tokens.ndim - 2), -1)
+    )
+    return np.einsum("e...h,eho->e...o", h, p["w2"]) + p["b2"].reshape(len(p["b2"]), *[1] * (tokens.ndim - 2), -1)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_soft_moe_is_its_algorithm(slots):
+    """Algorithm 1 with normed inputs and slot vectors and a scale, from the formulas of Puigcerver et al. 2023."""
+    layer = make("soft", slots=slots)
+    sequences = x.reshape(4, 10, DIM)
+    phi = columns(layer).reshape(EXPERTS * slots, DIM)
+    phi = layer.router.scale.item() * phi / np.linalg.norm(phi, axis=1, keepdims=True)
+    scores = np.einsum("bld,sd->bls", sequences / np.linalg.norm(sequences, axis=2, keepdims=True), phi)
+    dispatch, combine = softmax(scores.transpose(0, 2, 1)), softmax(scores)
+    mixed = np.einsum("bsl,bld->bsd", dispatch, sequences).reshape(4, EXPERTS, slots, DIM).transpose(1, 0, 2, 3)
+    outputs = ffn(layer, mixed).transpose(1, 0, 2, 3).reshape(4, EXPERTS * slots, DIM)
+    y, _ = layer(X.view(4, 10, DIM))
+    np.testing.assert_allclose(y.detach(), np.einsum("bls,bsd->bld", combine, outputs), atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_smear_is_the_expert_of_the_mean_weights(norm):
+    layer = make("smear", norm=norm)
+    sequences = x.reshape(4, 10, DIM)
+    mean = sequences.mean(1)
+    if norm == "layer":
+        mean = (mean - mean.mean(1, keepdims=True)) / np.sqrt(mean.var(1, keepdims=True) + 1e-5)
+        mean = mean * layer.router.norm.weight.detach().numpy() + layer.router.norm.bias.detach().numpy()
+    weights = softmax(mean @ columns(layer).T)
+    expected = np.stack([ffn(layer, sequences[b][None], weights[b])[0] for b in range(4)])
+    y, routing = layer(X.view(4, 10, DIM))
+    np.testing.assert_allclose(routing.weights_GE.detach(), weights, atol=1e-12)
+    np.testing.assert_allclose(y.detach(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_soft_moe_is_that_of_soft_moe_pytorch(slots):
+    """The library norms its input first and both sides of the product to √D: our scale is then D."""
+    block = SoftMoE(DIM, num_experts=EXPERTS, num_slots=slots, expert_mult=2).double()
+    layer = MoELayer(DIM, 2 * DIM, experts=EXPERTS, router={"name": "soft", "slots": slots}).double()
+    experts = block.experts.experts
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.normal_(0, 0.5)
+        layer.router.scale.fill_(DIM)
+        layer.router.columns["0"].weight.copy_(block.slot_embeds)
+        for name, index in (("w1", 0), ("w2", 3)):
+            layer.cohorts["0"].get_parameter(name).copy_(torch.stack([e[index].weight.mT for e in experts]))
+            bias = "b" + name[1]
+            layer.cohorts["0"].get_parameter(bias).copy_(torch.stack([e[index].bias for e in experts]))
+    tokens = X.view(4, 10, DIM)
+    valid = torch.arange(10) < torch.tensor([10, 7, 1, 4]).unsqueeze(1)
+    for mask in (None, valid):
+        expected = block(tokens, mask=mask)
+        y, _ = layer(block.norm(tokens), RouteContext(valid=mask))
+        if mask is not None:  # the library gives padding an output too
+            expected = expected.masked_fill(~mask.unsqueeze(2), 0.0)
+        torch.testing.assert_close(y, expected)

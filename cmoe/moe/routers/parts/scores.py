@@ -1,6 +1,7 @@
 """How well an expert suits a token: scores (T, E), one column per expert, with parameters owned per cohort of experts.
 
-A score sees each cohort apart, so that an expert's column never depends on how many others there are.
+A score sees each cohort apart, so that an expert's column never depends on how many others there are. Products are
+computed in at least float32: scores of bfloat16 tie and flip choices, and a CPU without instructions for them is slow.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmoe.moe.routing import RouteContext
+from cmoe.moe.routing import RouteContext, score_dtype
+
+
+def exact(values: Tensor) -> Tensor:
+    """In the type that scores are computed in."""
+    return values.to(score_dtype(values.dtype))
+
+
+def product(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """x · w for each row w, plus a bias, in the type that scores are computed in."""
+    return F.linear(exact(x_TD), exact(weight_ED), None if bias_E is None else exact(bias_E))
 
 
 class Score(nn.Module):
@@ -40,7 +51,7 @@ class Score(nn.Module):
 
     def tokens(self, x_TD: Tensor, context: RouteContext) -> Any:
         """What is computed once for all cohorts; the tokens themselves unless a score projects them."""
-        return x_TD
+        return exact(x_TD)
 
     def finish(self, scores_TE: Tensor) -> Tensor:
         """What is done with the scores of all visible experts together."""
@@ -58,13 +69,15 @@ class Score(nn.Module):
 
 
 class Rows(nn.Module):
-    """Tensors with one row per expert: parameters by default, buffers for names in `fixed`."""
+    """Tensors with one row per expert: parameters by default, buffers for names in `fixed` and, of int64, in `counts`."""
 
-    def __init__(self, fixed: tuple[str, ...] = (), **shapes: tuple[int, ...]) -> None:
+    def __init__(self, fixed: tuple[str, ...] = (), counts: tuple[str, ...] = (), **shapes: tuple[int, ...]) -> None:
         super().__init__()
         for name, shape in shapes.items():
             if name in fixed:
                 self.register_buffer(name, torch.zeros(shape))
+            elif name in counts:
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
             else:
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
@@ -73,7 +86,7 @@ class Linear(Score):
     """x · w, without bias."""
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return F.linear(h, columns.weight)
+        return product(h, columns.weight)
 
 
 class Frozen(Linear):
@@ -104,10 +117,10 @@ class Cosine(Score):
         nn.init.orthogonal_(columns.weight, gain=0.32)  # X-MoE's own
 
     def tokens(self, x_TD: Tensor, context: RouteContext) -> Tensor:
-        return self._unit(self.project(x_TD))
+        return self._unit(product(x_TD, self.project.weight))
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return F.linear(h, self._unit(columns.weight)) / self.log_temperature.exp().clamp(min=0.01)
+        return product(h, self._unit(exact(columns.weight))) / exact(self.log_temperature).exp().clamp(min=0.01)
 
     def _unit(self, v: Tensor) -> Tensor:
         # the norm plus a constant instead of the larger of the two: the perturbed form, which for 0 is the usual one
@@ -137,14 +150,15 @@ class Distance(Score):
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
         # ‖x‖² − 2 x·μ + ‖μ‖², in which one product does the work
-        squared = h.square().sum(1, keepdim=True) - 2 * F.linear(h, columns.weight) + columns.weight.square().sum(1)
-        scaled = squared.clamp(min=0.0) * (-2 * columns.log_width).exp()
+        centre, log_width, log_prior = (exact(p) for p in (columns.weight, columns.log_width, columns.log_prior))
+        squared = h.square().sum(1, keepdim=True) - 2 * product(h, centre) + centre.square().sum(1)
+        scaled = squared.clamp(min=0.0) * (-2 * log_width).exp()
         if self.kind == "laplace":
-            return columns.log_prior - (scaled + 1e-12).sqrt()
+            return log_prior - (scaled + 1e-12).sqrt()
         if self.kind == "gaussian":
-            return columns.log_prior - self.dim * columns.log_width - 0.5 * scaled
+            return log_prior - self.dim * log_width - 0.5 * scaled
         tail = 0.5 * (self.freedom + self.dim) * torch.log1p(scaled / self.freedom)
-        return columns.log_prior - self.dim * columns.log_width - tail
+        return log_prior - self.dim * log_width - tail
 
 
 class Quadratic(Score):
@@ -165,8 +179,8 @@ class Quadratic(Score):
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
         n = columns.weight.shape[0]
-        left, right = (F.linear(h, m.reshape(n * self.rank, self.dim)) for m in (columns.left, columns.right))
-        return F.linear(h, columns.weight) + (left * right).view(-1, n, self.rank).sum(2)
+        left, right = (product(h, m.reshape(n * self.rank, self.dim)) for m in (columns.left, columns.right))
+        return product(h, columns.weight) + (left * right).view(-1, n, self.rank).sum(2)
 
 
 class Attention(Score):
@@ -185,7 +199,7 @@ class Attention(Score):
             p.normal_(0.0, 1.0 / math.sqrt(self.dim))
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return torch.stack([F.linear(h, w) for w in (columns.query, columns.key, columns.value)], dim=2)
+        return torch.stack([product(h, w) for w in (columns.query, columns.key, columns.value)], dim=2)
 
     def finish(self, scores_TE: Tensor) -> Tensor:
         query, key, value = scores_TE.unbind(2)
@@ -212,7 +226,7 @@ class Recurrent(Score):
         return self.cell(self.project(x_TD), state.to(x_TD.dtype) if fits else None)
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return F.linear(h, columns.weight)
+        return product(h, columns.weight)
 
 
 class Task(Score):
@@ -234,12 +248,12 @@ class Task(Score):
     def tokens(self, x_TD: Tensor, context: RouteContext) -> Tensor:
         label = torch.as_tensor(checked_label("task_embedding", context.task, self.tasks), device=x_TD.device)
         embedded = self.embedding(label).expand(x_TD.shape[0], -1)
-        return embedded if self.alone else torch.cat([x_TD, embedded.to(x_TD.dtype)], 1)
+        return exact(embedded) if self.alone else torch.cat([exact(x_TD), exact(embedded)], 1)
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
         if self.alone:
-            return F.linear(h, columns.task)
-        return F.linear(h, torch.cat([columns.weight, columns.task], 1))
+            return product(h, columns.task)
+        return product(h, torch.cat([columns.weight, columns.task], 1))
 
 
 class PerTask(Score):
@@ -253,14 +267,14 @@ class PerTask(Score):
         return Rows(weight=(n, self.tasks, self.dim))
 
     def tokens(self, x_TD: Tensor, context: RouteContext) -> tuple[Tensor, Tensor | int]:
-        return x_TD, checked_label("per_task", context.task, self.tasks)
+        return exact(x_TD), checked_label("per_task", context.task, self.tasks)
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
         x_TD, task = h
         if isinstance(task, int):
-            return F.linear(x_TD, columns.weight.select(1, task))
+            return product(x_TD, columns.weight.select(1, task))
         n = columns.weight.shape[0]
-        every = F.linear(x_TD, columns.weight.reshape(n * self.tasks, self.dim)).view(-1, n, self.tasks)
+        every = product(x_TD, columns.weight.reshape(n * self.tasks, self.dim)).view(-1, n, self.tasks)
         return every.gather(2, task.view(-1, 1, 1).expand(-1, n, 1)).squeeze(2)
 
 
@@ -289,7 +303,8 @@ class Centroid(Score):
         columns.centre.normal_()
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return -(h.square().sum(1, keepdim=True) - 2 * F.linear(h, columns.centre) + columns.centre.square().sum(1))
+        centre = exact(columns.centre).clone()  # moved before the backward pass needs it
+        return -(h.square().sum(1, keepdim=True) - 2 * product(h, centre) + centre.square().sum(1))
 
 
 class Hashed(Score):
@@ -363,10 +378,10 @@ class Thresholded(Cosine):
         columns.threshold.zero_()
 
     def tokens(self, x_TD: Tensor, context: RouteContext) -> Tensor:
-        return F.normalize(x_TD, dim=-1)
+        return F.normalize(exact(x_TD), dim=-1)
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return F.linear(h, F.normalize(columns.weight, dim=-1))
+        return product(h, F.normalize(exact(columns.weight), dim=-1))
 
 
 class Grouped(Linear):
@@ -381,4 +396,4 @@ class Grouped(Linear):
         columns.group.normal_(0.0, self.init_std)
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
-        return torch.stack([F.linear(h, columns.weight), F.linear(h, columns.group)], dim=2)
+        return torch.stack([product(h, columns.weight), product(h, columns.group)], dim=2)
