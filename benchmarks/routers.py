@@ -581,8 +581,9 @@ def draw(document: Mapping[str, Any]) -> bytes:
     """Accuracy against the time of a step, a panel for each stream."""
     from cmoe.tracking.figures import style
 
-    figure = style.canvas(6.6 * len(document), 6.4)
+    figure = style.canvas(7.4 * len(document), 7.6)
     grid = figure.add_gridspec(1, len(document))
+    panels = []
     for i, of in enumerate(document.values()):
         ax = style.axes(figure, grid[0, i])
         rows = of["rows"]
@@ -590,12 +591,12 @@ def draw(document: Mapping[str, Any]) -> bytes:
         for r in rows:
             control = r["router"] in CONTROLS
             colour = style.colour(5 if r["router"] == REFERENCE else 2 if control else 0)
-            ax.errorbar(r["step_ratio"], r["accuracy"], r["accuracy_std"], color=colour, alpha=0.35, linewidth=1)
+            ax.errorbar(r["step_ratio"], r["accuracy"], r["accuracy_std"], color=colour, alpha=0.25, linewidth=1)
             ax.plot(r["step_ratio"], r["accuracy"], "s" if control else "o", color=colour, markersize=5)
         ax.set_xscale("log")
-        low, high = min(x) / 1.08, max(x) * 1.25
+        low, high = min(x) / 1.3, max(x) * 1.3
         ax.set_xlim(low, high)
-        ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8) if low < t < high]
+        ticks = [t for t in (0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12) if low < t < high]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         margin = 0.06 * (max(y) - min(y) + 1)
@@ -603,21 +604,27 @@ def draw(document: Mapping[str, Any]) -> bytes:
         ax.set_xlabel("training step, times that of topk")
         ax.set_ylabel("accuracy at the end, %")
         style.title(ax, of["title"], "bars: standard deviation over seeds; orange: topk; green: dense networks")
-        figure.canvas.draw()
-        for name, (px, py), (lx, ly) in placed(ax, [r["router"] for r in rows], x, y):
-            far = abs(lx - px) + abs(ly - py) > 14
+        panels.append((ax, [r["router"] for r in rows], x, y))
+    figure.canvas.draw()  # now it is known where everything is
+    for ax, names, x, y in panels:
+        for name, point, (dx, dy) in placed(ax, names, x, y):
+            far = abs(dy) > 5 or not -60 < dx < 8
             ax.annotate(
-                name, (px, py), xytext=(lx, ly), xycoords="figure pixels", textcoords="figure pixels", fontsize=7.5,
-                color=style.INK, va="center",
-                arrowprops={"arrowstyle": "-", "color": style.FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2} if far else None,
+                name, point, xytext=(dx, dy), textcoords="offset points", fontsize=7.5, color=style.INK, va="center",
+                arrowprops={"arrowstyle": "-", "color": "#B0B0B0", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+                if far
+                else None,
             )  # fmt: skip
-    return style.png(figure)
+    return style.png(figure, dpi=110)
 
 
 def placed(
     ax: Any, names: Sequence[str], x: Sequence[float], y: Sequence[float]
 ) -> list[tuple[str, tuple[float, float], tuple[float, float]]]:
-    """Where labels stand without covering each other: the nearest free place to the right or left of their points."""
+    """Labels that do not cover each other: name, point, and how far off (in points) the text begins.
+
+    Each takes the nearest free place to the right or left of its point.
+    """
     points = ax.transData.transform(np.column_stack([x, y]))
     scale = ax.figure.dpi / 72
     tall, wide = 9.5 * scale, 4.3 * scale
@@ -643,7 +650,7 @@ def placed(
         ]
         inside = [
             c for c in sorted(choices)
-            if edge.x0 <= c[1] and c[1] + width <= edge.x1 + 40 * scale and edge.y0 <= c[2] <= edge.y1
+            if edge.x0 <= c[1] and c[1] + width <= edge.x1 and edge.y0 <= c[2] <= edge.y1
         ]  # fmt: skip
         free = (
             (lx, ly) for _, lx, ly in inside
@@ -651,7 +658,7 @@ def placed(
         )  # fmt: skip
         lx, ly = next(free, (px + 6 * scale, py))
         taken.append((lx, lx + width, ly))
-        found.append((names[i], (float(px), float(py)), (float(lx), float(ly))))
+        found.append((names[i], (x[i], y[i]), (float(lx - px) / scale, float(ly - py) / scale)))
     return found
 
 

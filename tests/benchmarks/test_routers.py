@@ -23,9 +23,9 @@ def document(program, tmp_path, capsys):
 
 
 def test_json_has_every_contestant_with_what_it_cost(document):
-    found = document("topk", "base", "kmeans", "soft", "smear", "hash", "per_task", "ffn_active", "ffn_total")["streams"][
-        "vision"
-    ]
+    found = document("topk", "base", "kmeans", "soft", "smear", "hash", "per_task", "ffn_active", "ffn_total")[
+        "streams"
+    ]["vision"]
     rows = {r["router"]: r for r in found["rows"]}
     assert rows.keys() == {"topk", "base", "kmeans", "soft", "smear", "ffn_active", "ffn_total"}
     for row in rows.values():
