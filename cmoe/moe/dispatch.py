@@ -6,6 +6,8 @@
 - `bmm`: rows zero-padded to the fullest expert, one batched product.
 - `dense`: every expert on every token, weighted 0 where it was not chosen: no sorting, nothing data-dependent.
 
+For many tiny experts with few rows each `auto` has one more way, `gather`: see `gather.py`.
+
 `auto` chooses from the cohort's own shape and row counts, so that what other cohorts do never changes the path of this
 one: a cohort's rows are sorted, gathered and multiplied alike, bit for bit, whatever was added beside it. All operations
 are deterministic on CPU; on CUDA `index_add_` is under `torch.use_deterministic_algorithms(True)`, and in any case for
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cmoe.moe.gather import pays
 from cmoe.moe.grouped import LOW, float32_is_faster
 from cmoe.moe.view import ExpertView
 
@@ -246,6 +249,8 @@ def choose(expert: Expert, counts: Sequence[int] | None, x_ND: Tensor, path: str
     """
     if path not in ("grouped", "auto"):
         return path
+    if path == "auto" and counts is not None and pays(expert, counts, x_ND, working_dtype(x_ND)):
+        return "gather"
     refusal = grouped_refusal(expert, working_dtype(x_ND))
     if path == "grouped":
         if refusal:
