@@ -21,11 +21,11 @@ def spare_like(weight: Tensor) -> Tensor | None:
     """Uninitialised memory for the gradient of a large parameter on CPU; None where the usual allocation is as good."""
     if not isinstance(weight, nn.Parameter) or weight.device.type != "cpu" or _use_count is None:
         return None
-    if weight.numel() * weight.element_size() < LARGE or torch.compiler.is_compiling():
+    if weight.numel() * weight.element_size() < LARGE or not weight.is_contiguous() or torch.compiler.is_compiling():
         return None
     kept: UntypedStorage | None = _spare.get(weight)
     if kept is not None and kept.nbytes() == weight.numel() * weight.element_size() and _use_count(kept._cdata) == 1:
-        return weight.new_empty(0).set_(kept, 0, weight.shape)
+        return weight.new_empty(0).set_(kept, 0, weight.shape, weight.stride())
     fresh = torch.empty_like(weight, memory_format=torch.contiguous_format)
     _spare[weight] = fresh.untyped_storage()
     return fresh
