@@ -123,7 +123,7 @@ def _for_every_token(layer: MoELayer) -> int:
     total = sum(2 * p.numel() for p in layer.router.parameters())
     shared, base = getattr(layer, "shared", None), getattr(layer, "base", None)
     if shared is not None:
-        total += shared.flops_per_token()
+        total += shared.n * shared.flops_per_token()
     if base is not None:  # any module: its matrices, as if each were used once
         total += sum(2 * p.numel() for p in base.parameters() if p.dim() > 1)
     return total
