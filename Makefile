@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the version that made requirements.lock; only the bootstrap uses it, the lock holds the rest
 UV := uv==0.13.9
 
-.PHONY: help setup demo test lint format chaos bench bench-gpu routers docs lock
+.PHONY: help setup demo test lint format chaos fuzz bench bench-gpu routers docs lock
 .DEFAULT_GOAL := help
 export OMP_WAIT_POLICY := passive
 
@@ -15,6 +15,7 @@ help:
 	@echo "make setup   only the .venv, from requirements.lock"
 	@echo "make lint    ruff, type checker, import layers"
 	@echo "make chaos   200 random kills, each resumed and compared bit by bit"
+	@echo "make fuzz    300 random configurations that must train, resume and add an expert, or be refused by name"
 	@echo "make bench   speed beside a hand-written loop and Avalanche's own, and the MoE layer's beside other libraries"
 	@echo "make bench-gpu  the MoE layer's on one GPU, in bfloat16"
 	@echo "make routers  every router on two streams, the table of docs/routers.md (half an hour; DATA=DIR has CLINC150)"
@@ -52,6 +53,9 @@ format: setup
 
 chaos: setup
 	@$(BIN)/python -m tests.chaos --kills 200
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz --configs 300
 
 bench: setup
 	@$(BIN)/python benchmarks/stream_overhead.py

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cmoe.backbones import Backbone, ExpertLayers
+from cmoe.backbones import Backbone, ExpertLayers, HeadLayers
 from cmoe.backbones.mlp import glorot
 from cmoe.config.plan import Plan
 from cmoe.errors import UserError, one_line
@@ -35,12 +35,16 @@ def component(catalogue: Catalogue, kind: str, spec: dict[str, Any], **supplied:
 def make_stream(plan: Plan, catalogue: Catalogue, data: DataFolder) -> Stream:
     """The opened stream of a plan, with the tasks that follow it."""
     further = [{**spec, "scenario": plan.stream["scenario"]} for spec in plan.stream["then"]]
-    streams = []
-    for spec in [plan.stream, *further]:
+    streams: list[Stream] = []
+    for i, spec in enumerate([plan.stream, *further]):
         entry = catalogue.find("task", spec["name"])
         options = {"name": spec["name"], **entry.pick(spec)}
-        streams.append(open_stream(options, entry.load(), data, plan.seed))
-    return join(streams, plan.stream["online_size"])
+        try:
+            opened = open_stream(options, entry.load(), data, plan.seed)
+            streams = [join([*streams, opened], plan.stream["online_size"])]
+        except UserError as error:
+            raise UserError(f"stream.then.{i - 1}: {error}" if i else str(error)) from error
+    return streams[0]
 
 
 def head_kind(plan: Plan, stream: Stream) -> str:
@@ -80,7 +84,7 @@ def make_model(plan: Plan, catalogue: Catalogue, stream: Stream, purpose: str = 
         head = Head(backbone.width, head_kind(plan, stream))
         if head.kind == "shared":
             head.add(range(BYTES if stream.language else stream.n_classes))
-        model = Model(backbone, head)
+        model = Model(backbone, head, lambda spec: lambda **given: component(catalogue, "router", dict(spec), **given))
         if plan.model.get("init") == "xavier":
             head.apply(glorot)  # the protocol's initial weights hold for the outputs too
     if experts is not None and backbone.causal:
@@ -93,19 +97,29 @@ def _experts(plan: Plan, catalogue: Catalogue) -> ExpertLayers | None:
     if not moe:
         return None
 
-    def maker(kind: str, spec: dict[str, Any]) -> Callable[..., Any]:
+    def maker(kind: str, spec: dict[str, Any], key: str) -> Callable[..., Any]:
         entry = catalogue.find(kind, spec["name"])
-        return lambda **supplied: entry.create(spec, **supplied)
 
-    def kind(spec: dict[str, Any] | None) -> Callable[..., Any] | None:
-        return maker("expert", spec) if spec else None
+        def make(**supplied: Any) -> Any:
+            try:
+                return entry.create(spec, **supplied)
+            except ValueError as error:
+                raise UserError(f"model.moe.{key}: {error}") from error
+
+        return make
+
+    def kind(spec: dict[str, Any] | None, key: str) -> Callable[..., Any] | None:
+        return maker("expert", spec, key) if spec else None
 
     options: dict[str, Any] = {
         **moe,
-        "router": maker("router", moe["router"]),
-        "expert": kind(moe["expert"]),
-        "more": [{**more, "expert": kind(more["expert"])} for more in moe["more"]],
+        "router": maker("router", moe["router"], "router"),
+        "expert": kind(moe["expert"], "expert"),
+        "more": [{**m, "expert": kind(m["expert"], f"more.{i}.expert")} for i, m in enumerate(moe["more"])],
     }
+    if heads := moe["attention"]:
+        own: dict[str, Any] = {**heads, "router": maker("router", heads["router"], "attention.router")}
+        options["attention"] = HeadLayers(**own)
     return ExpertLayers(**options)
 
 

@@ -180,6 +180,7 @@ def _copy_plugins(restored: Restored, folder: Path, plugins: Sequence[str | Path
     moe = plan.model.get("moe") or {}
     used = [("backbone", plan.model["name"]), *(("strategy", s["name"]) for s in plan.strategy)]
     used += [(k, moe[k]["name"]) for k in ("router", "expert") if moe.get(k)]
+    used += [("router", s["router"]["name"]) for s in plan.strategy if isinstance(s.get("router"), dict)]
     for kind, name in used:
         entry = catalogue.find(kind, name)
         if entry.folder is not None:

@@ -174,31 +174,16 @@ def _shares(load: Mapping[int, Mapping[str, Mapping[int, int]]], experiences: in
 
 
 def _lives(timeline: Timeline, model: Model, shares: list[RouterLoad]) -> list[ExpertLife]:
-    """The life of each expert that ever was; one no strategy spoke of was there from the start."""
-    added: dict[tuple[str, int], int] = {}
-    frozen: dict[tuple[str, int], int] = {}
-    removed: dict[tuple[str, int], int] = {}
-    for event in timeline.events:
-        place = {"added": added, "frozen": frozen, "removed": removed}[event["kind"]]
-        for expert in event["experts"]:
-            place.setdefault((event["layer"], expert), event["experience"])
-    for name, layer in model.moe_layers().items():
-        for expert in layer.ids:
-            added.setdefault((name, expert), 0)
-    used: dict[tuple[str, int], dict[int, float]] = {}
-    for load in shares:
-        for k, expert in enumerate(load.experts):
-            column = load.share[:, k]
-            used[load.layer, expert] = {j: float(s) for j, s in enumerate(column) if np.isfinite(s) and s > 0}
-    return [
-        ExpertLife(
-            layer,
-            expert,
-            when,
-            # frozen when a later experience began, which is after the training of the one before
-            frozen=None if (layer, expert) not in frozen else frozen[layer, expert] - 1,
-            removed=removed.get((layer, expert)),
-            used=used.get((layer, expert), {}),
-        )
-        for (layer, expert), when in added.items()
-    ]
+    """The life of each expert that ever was."""
+    layers = model.moe_layers()
+    used = {
+        (load.layer, expert): {j: float(s) for j, s in enumerate(load.share[:, k]) if np.isfinite(s) and s > 0}
+        for load in shares
+        for k, expert in enumerate(load.experts)
+    }
+    tasks: dict[tuple[str, int], tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        for task, experts in layer.tasks.items():
+            for expert in experts:
+                tasks[name, expert] = (*tasks.get((name, expert), ()), task)
+    return timeline.lives({name: layer.ids for name, layer in layers.items()}, used, tasks)

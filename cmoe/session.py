@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from cmoe.evaluation import Evaluator, Load, Routes, router_drifts
 from cmoe.fit import Placement, fit
 from cmoe.inputs import describe
 from cmoe.learners import Learner, Model
+from cmoe.moe import ParameterChange
 from cmoe.outputs import Outputs
 from cmoe.plugins import Catalogue
 from cmoe.progress import Progress
@@ -86,6 +87,7 @@ class Session:
         self.environment = environment(self.threads, str(self.placement.device), plan.code)
         self.position = Position()
         self.carried: dict[str, dict[str, Any]] = {}
+        self.names: dict[torch.nn.Parameter, str] = {}  # by which `carried` knows them
         self.loads: dict[int, dict[int, Load]] = {}
         self.routes: dict[int, Routes] = {}  # of the last row
         self.drift: float | None = None
@@ -160,9 +162,19 @@ class Session:
             seed=lambda purpose: seed_for(plan.seed, purpose),
             fresh_model=self._build,
             device=self.placement.device,
-            event=self.timeline.add,
+            event=self._event,
             options=plan.to_dict(),
+            changed=self._changed,
         )
+
+    def _event(self, kind: str, layer: str, experts: Sequence[int], experience: int, into: int | None = None) -> None:
+        self.timeline.add(kind, layer, experts, experience, after=self.position.phase is not None, into=into)
+
+    def _changed(self, change: ParameterChange) -> None:
+        """The optimizer's state follows experts that were split, merged or copied."""
+        if self.plan.optimizer["reset"] == "never":
+            self.carried = carried.follow(self.carried, self.names, self.model, change)
+            self.names = carried.names(self.model)
 
     def _strategy(self, spec: dict[str, Any]) -> Strategy:
         """A strategy, set up.
@@ -286,6 +298,7 @@ class Session:
         self.model.to(self.placement.device)
         if plan.optimizer["reset"] == "never":
             self.carried = carried.keep(self.carried, self.model, self.optimizer)
+            self.names = carried.names(self.model)
         self.optimizer = None
 
     def _trainable(self) -> list[torch.nn.Parameter]:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cmoe import checkpoint
+from cmoe import carried, checkpoint
 from cmoe.environment import differences
 from cmoe.errors import UserError
 from cmoe.metrics import Record
@@ -94,6 +94,7 @@ def restore(session: Session, state: dict[str, Any]) -> None:
     session.loads = state["loads"]
     session.routes = state.get("routes", {})
     session.carried = state["carried"]
+    session.names = carried.names(session.model)
     session.learner.steps = state["steps"]
     session.saved = state["number"]
     session.earlier_seconds = state["seconds"]

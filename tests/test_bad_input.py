@@ -114,7 +114,26 @@ CONFIGS: dict[str, Case] = {
     "avalanche in company": over("strategy=[avalanche, replay]", said=("strategy.0", "alone")),
     "validation of nothing": over("evaluation.split=validation", "stream.validation=0", said=("evaluation.split", "'test'")),
     "two clippings": over("trainer.clip_norm=1", "trainer.clip_value=1", said=("trainer.clip_value",)),
-    "load without noise": over("model.moe={router: {name: topk, load: 0.1}}", said=("load", "noise")),
+    "load without noise": over(
+        "model.moe={router: {name: topk, load: 0.1}}", said=("command line: model.moe.router.load", "noise: shazeer")),
+    "an option of a router": over(
+        "model.moe={router: {name: cosine, noise: shazeer}}", said=("model.moe.router", "noise", "'gaussian'")),
+    "an option of an expert": over(
+        "model.moe={expert: {name: conv, kernel: 2}}", "model={name: convnet, patch: 1}", said=("model.moe.expert", "kernel", "odd")),
+    "experts of another width": over(
+        "model.moe={more: [{expert: copy}]}", said=("model.moe.more.0.expert", "copy", "64", "100")),
+    "convolutions on tokens": over(
+        "model.moe={expert: conv}", said=("model.moe.expert", "tokens", "'conv', on feature maps")),
+    "separate networks that expand": over(
+        "strategy=[expand, separate]", "model.moe={experts: 2}", said=("strategy.1", "'separate' beside 'expand'")),
+    "restarts that expand": over(
+        "strategy=[expand, {name: cumulative, restart: true}]", "model.moe={experts: 2}",
+        said=("strategy.1.restart", "beside 'expand'")),
+    "a task behind that does not fit": Case(
+        "stream: {name: split_digits, scenario: domain, then: [text_domains]}\ntracking: {enabled: false}\n", ("stream.then.0", "modality", "image")),
+    "a wrong task behind": Case(
+        "stream: {name: split_digits, then: [{name: split_digits, experiences: 3}]}\ntracking: {enabled: false}\n",
+        ("stream.then.0", "experiences", "divisor")),
     "a GPU that is not there": over("trainer.accelerator=gpu", said=("trainer.accelerator", "GPU")),
     "native strategy": over(
         "strategy={name: avalanche, strategy: Repaly}", "trainer.max_steps=0", said=("avalanche.strategy", "did you mean 'Replay'")),

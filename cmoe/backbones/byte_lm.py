@@ -21,6 +21,8 @@ PADDING = 256  # the token that fills up the end of a text
 class ByteLM(Backbone):
     """Causal transformer over bytes; its feed-forward networks become layers of experts.
 
+    With `moe.attention` its attention's heads become experts too.
+
     Options:
         depth: number of blocks.
         dim: width of the tokens.
@@ -33,6 +35,7 @@ class ByteLM(Backbone):
 
     modalities: ClassVar[tuple[str, ...]] = ("bytes",)
     causal: ClassVar[bool] = True
+    attends: ClassVar[bool] = True
     gives: ClassVar[tuple[str, ...]] = ("token_ids", "sequence", "position")
 
     def __init__(

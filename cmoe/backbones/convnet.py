@@ -17,6 +17,8 @@ from cmoe.moe import MoELayer, RouteContext, passed_on
 class ConvNet(Backbone):
     """ConvNeXt from timm; the pointwise feed-forward networks of its blocks become layers of experts.
 
+    Experts of kind `conv` work on whole feature maps, all others on each pixel by itself.
+
     Options:
         model: timm's name; with `pretrained` the sizes below must stay unset.
         pretrained: load timm's weights (downloaded once, or found in the usual cache).
@@ -27,6 +29,7 @@ class ConvNet(Backbone):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    unit: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -97,11 +100,11 @@ class ConvNet(Backbone):
 
 
 class _Pointwise(nn.Module):
-    """A network of 1 × 1 convolutions on vectors (N, D)."""
+    """A network of 1 × 1 convolutions on vectors (..., D)."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x[:, :, None, None]).flatten(1)
+        return self.mlp(x.reshape(-1, x.shape[-1], 1, 1)).view(*x.shape[:-1], -1)

@@ -9,8 +9,46 @@ from typing import Any, Literal
 from torch import nn
 
 from cmoe.errors import UserError
-from cmoe.moe import MoELayer
+from cmoe.moe import HeadLayer, MoA, MoELayer, MoH
 from cmoe.moe.dispatch import Path
+
+
+@dataclass(frozen=True)
+class HeadLayers:
+    """Where a backbone gets attention whose heads are experts from.
+
+    Attributes:
+        kind: 'moa' or 'moh'.
+        heads: heads that the router chooses from.
+        router: makes a layer's router from its width `dim`.
+        shared: heads that every token uses ('moh').
+        size: of a head; None is the backbone's own.
+        layers: which blocks, as in `ExpertLayers`.
+    """
+
+    kind: Literal["moa", "moh"]
+    heads: int
+    router: Callable[..., Any]
+    shared: int = 0
+    size: int | None = None
+    layers: str | list[int] = "all"
+
+    def chosen(self, count: int) -> set[int]:
+        """Indices of the blocks, among `count`, whose attention has experts; raises as `ExpertLayers.chosen`."""
+        return _chosen(self.layers, count, "model.moe.attention.layers")
+
+    def layer(self, dim: int, size: int, dropout: float) -> HeadLayer:
+        """Attention of width `dim` with heads of the backbone's `size`.
+
+        Raises:
+            UserError: shared heads where there are none.
+        """
+        options: dict[str, Any] = {"router": self.router, "dropout": dropout}
+        if self.kind == "moh":
+            return MoH(dim, self.heads, self.size or size, shared=self.shared, **options)
+        if self.shared:
+            raise UserError(f"model.moe.attention.shared: expected 0 with kind 'moa', got {self.shared}")
+        return MoA(dim, self.heads, self.size or size, **options)
 
 
 @dataclass(frozen=True)
@@ -22,13 +60,14 @@ class ExpertLayers:
         router: makes a layer's router from its width `dim`.
         expert: makes a cohort of experts; None is the backbone's own kind.
         hidden: hidden units of one expert; None is the feed-forward network's own.
-        layers: 'all', 'last', 'alternate', or the indices that get experts.
+        layers: 'all', 'last', 'alternate', 'none', or the indices that get experts.
         dispatch: see `cmoe.moe.dispatch`.
         more: further cohorts, as in `MoELayer`.
         shared: experts that work on every token.
         base: 'none', 'frozen' or 'trained': whether the network that was here stays, and the experts add to it.
         distillation: weight of the mutual distillation loss.
         recompute: hidden units are computed again for the backward pass.
+        attention: experts where a block's self-attention is; None for ordinary attention.
     """
 
     experts: int
@@ -42,6 +81,7 @@ class ExpertLayers:
     base: Literal["none", "frozen", "trained"] = "none"
     distillation: float = 0.0
     recompute: bool = False
+    attention: HeadLayers | None = None
 
     def chosen(self, count: int) -> set[int]:
         """Indices, among `count` feed-forward networks, that become Mixture-of-Experts layers.
@@ -49,16 +89,7 @@ class ExpertLayers:
         Raises:
             UserError: an index that the backbone does not have.
         """
-        if self.layers == "all":
-            return set(range(count))
-        if self.layers == "last":
-            return {count - 1}
-        if self.layers == "alternate":
-            return set(range(1, count, 2)) or {count - 1}
-        wrong = [i for i in self.layers if not isinstance(i, int) or not -count <= i < count]
-        if wrong or not self.layers:
-            raise UserError(f"model.moe.layers: expected indices from 0 to {count - 1}, got {self.layers}")
-        return {int(i) % count for i in self.layers}
+        return _chosen(self.layers, count, "model.moe.layers")
 
     def layer(
         self,
@@ -79,28 +110,45 @@ class ExpertLayers:
             instead_of: makes the dense network that the layer stands for; asked only where `base` keeps it.
             default: the kind of expert where the configuration says none.
             extra: options of the default kind.
+
+        Raises:
+            UserError: the router, the experts and the options do not go together.
         """
         base = None if self.base == "none" else instead_of().requires_grad_(self.base == "trained")
         own = self.expert or {"name": default, **extra}
-        return MoELayer(
-            dim,
-            hidden=self.hidden or hidden,
-            out_dim=out_dim,
-            experts=self.experts,
-            expert=own,
-            router=self.router,
-            dispatch=self.dispatch,
-            more=[
-                {"experts": m["experts"], "expert": m["expert"] or own, "hidden": m["hidden"] or self.hidden or hidden}
-                for m in self.more
-            ],
-            shared=self.shared,
-            base=base,
-            distillation=self.distillation,
-            recompute=self.recompute,
-        )
+        more = [
+            {"experts": m["experts"], "expert": m["expert"] or own, "hidden": m["hidden"] or self.hidden or hidden}
+            for m in self.more
+        ]
+        try:
+            return MoELayer(
+                dim,
+                hidden=self.hidden or hidden,
+                out_dim=out_dim,
+                experts=self.experts,
+                expert=own,
+                router=self.router,
+                dispatch=self.dispatch,
+                more=more,
+                shared=self.shared,
+                base=base,
+                distillation=self.distillation,
+                recompute=self.recompute,
+            )
+        except ValueError as error:
+            raise UserError(f"model.moe: {error}") from error
 
 
-def select(experts: ExpertLayers | None, count: int) -> set[int]:
+def select(experts: ExpertLayers | HeadLayers | None, count: int) -> set[int]:
     """Indices that get experts; none for a dense backbone."""
     return experts.chosen(count) if experts is not None else set()
+
+
+def _chosen(layers: str | list[int], count: int, key: str) -> set[int]:
+    if isinstance(layers, str):
+        alternate = set(range(1, count, 2)) or {count - 1}
+        return {"all": set(range(count)), "last": {count - 1}, "alternate": alternate, "none": set()}[layers]
+    wrong = [i for i in layers if not isinstance(i, int) or not -count <= i < count]
+    if wrong or not layers:
+        raise UserError(f"{key}: expected indices from 0 to {count - 1}, got {layers}")
+    return {int(i) % count for i in layers}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers, select
 from cmoe.config.types import Fraction, PositiveInt
-from cmoe.moe import RouteContext, passed_on
+from cmoe.moe import MoELayer, RouteContext, passed_on
 
 
 class MLP(Backbone):
@@ -65,15 +65,19 @@ class MLP(Backbone):
     def forward(self, x: Tensor, context: RouteContext) -> Features:
         h, routings = x.flatten(1), {}
         for i, layer in enumerate(self.layers):
-            if isinstance(layer, nn.Linear):
-                h = F.relu(layer(h))
-            else:
+            if isinstance(layer, MoELayer):
                 h, routing = layer(h, context)
                 routings[f"layers.{i}"] = routing
                 context = passed_on(context, routing)
+            else:
+                h = F.relu(layer(h)) if isinstance(layer, nn.Linear) else layer(h)
             if self.dropout:
                 h = F.dropout(h, self.dropout, self.training)
         return Features(h, routings)
+
+    def dense_places(self) -> dict[str, str | None]:
+        linear = {f"layers.{i}": "relu" for i, layer in enumerate(self.layers) if isinstance(layer, nn.Linear)}
+        return {**super().dense_places(), **linear}
 
 
 def glorot(module: nn.Module) -> None:

@@ -19,6 +19,8 @@ from cmoe.moe import RouteContext
 class TextEncoder(Backbone):
     """Transformer encoder over word tokens, mean-pooled; its feed-forward networks become layers of experts.
 
+    With `moe.attention` its attention's heads become experts too.
+
     Options:
         depth: number of blocks.
         dim: width of the tokens.
@@ -30,6 +32,7 @@ class TextEncoder(Backbone):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("text",)
+    attends: ClassVar[bool] = True
     gives: ClassVar[tuple[str, ...]] = ("token_ids", "sequence", "position")
 
     def __init__(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmoe.backbones.experts import ExpertLayers, select
-from cmoe.moe import RouteContext, Routing, passed_on
+from cmoe.moe import HeadLayer, MoELayer, RouteContext, Routing, passed_on
 
 
 class Packing:
@@ -85,19 +85,26 @@ class Block(nn.Module):
 
     Args:
         dim: width of the tokens.
-        heads: attention heads.
+        attention: what tokens see each other by.
         ffn: what comes after attention.
         dropout: share of features dropped while training.
         before: what comes before attention in a macaron block.
     """
 
-    def __init__(self, dim: int, heads: int, ffn: nn.Module, dropout: float, before: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attention: SelfAttention | HeadLayer,
+        ffn: nn.Module,
+        dropout: float,
+        before: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.macaron, self.dropout = before is not None, dropout
         if before is not None:
             self.norm0, self.mlp0 = nn.LayerNorm(dim), before
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads, dropout)
+        self.attention = attention
         self.mlp = ffn
 
     def forward(
@@ -108,16 +115,21 @@ class Block(nn.Module):
         if self.macaron:
             x = self._feed(x, self.norm0, self.mlp0, "mlp0", context, decided)
             context = _told(context, decided)
-        x = x + F.dropout(self.attention(self.norm1(x), causal, packing), self.dropout, self.training)
+        if isinstance(self.attention, HeadLayer):
+            y, decided["attention"] = self.attention(self.norm1(x), context, causal, packing)
+            context = passed_on(context, decided["attention"])
+        else:
+            y = self.attention(self.norm1(x), causal, packing)
+        x = x + F.dropout(y, self.dropout, self.training)
         return self._feed(x, self.norm2, self.mlp, "mlp", context, decided), decided
 
     def _feed(
         self, x: Tensor, norm: nn.Module, mlp: nn.Module, name: str, context: RouteContext, decided: dict[str, Routing]
     ) -> Tensor:
-        if isinstance(mlp, FeedForward):
-            y = mlp(norm(x))
-        else:
+        if isinstance(mlp, MoELayer):
             y, decided[name] = mlp(norm(x), context)
+        else:
+            y = mlp(norm(x))
         y = F.dropout(y, self.dropout, self.training)
         return torch.add(x, y, alpha=0.5 if self.macaron else 1.0)
 
@@ -139,7 +151,7 @@ class Blocks(nn.ModuleList):
         hidden: units of a dense feed-forward network.
         dropout: share of features dropped while training.
         experts: what makes layers of experts of the feed-forward networks that it chooses, counted in the order of
-            depth.
+            depth, and of the attention that it chooses.
         macaron: whether each block has a feed-forward network before attention too.
     """
 
@@ -162,9 +174,18 @@ class Blocks(nn.ModuleList):
                 return experts.layer(dim, hidden, instead_of=lambda: FeedForward(dim, hidden))
             return FeedForward(dim, hidden)
 
+        by_experts = None if experts is None else experts.attention
+        with_experts = select(by_experts, depth)
+
+        def attention(place: int) -> SelfAttention | HeadLayer:
+            if by_experts is not None and place in with_experts:
+                return by_experts.layer(dim, dim // heads, dropout)
+            return SelfAttention(dim, heads, dropout)
+
         for i in range(depth):
             before = ffn(2 * i) if macaron else None
-            self.append(Block(dim, heads, ffn(each * (i + 1) - 1), dropout, before))
+            after = ffn(each * (i + 1) - 1)
+            self.append(Block(dim, attention(i), after, dropout, before))
 
     def forward(
         self, x: Tensor, causal: bool, context: RouteContext, packing: Packing | None = None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cmoe.backbones.base import Backbone, Features
 from cmoe.backbones.experts import ExpertLayers, select
 from cmoe.backbones.pretrained import create
 from cmoe.config.types import Fraction, PositiveInt
 from cmoe.errors import UserError
-from cmoe.moe import MoELayer, RouteContext, passed_on
+from cmoe.moe import HeadLayer, MoELayer, MoH, RouteContext, passed_on
 
 
 class ViT(Backbone):
     """Vision Transformer from timm; the feed-forward networks of its blocks become layers of experts.
+
+    With `moe.attention` its attention's heads become experts too; with `pretrained` those are the trained ones ('moh').
 
     Options:
         model: timm's name; with `pretrained` the sizes below must stay unset.
@@ -28,6 +31,7 @@ class ViT(Backbone):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    attends: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -64,7 +68,15 @@ class ViT(Backbone):
         self.vit = create(model, "model.model", pretrained, drop_rate=dropout, proj_drop_rate=dropout, **options)
         if not isinstance(self.vit, VisionTransformer) or not all(isinstance(b, Block) for b in self.vit.blocks):
             raise UserError(f"model.model: expected a Vision Transformer of timm, got '{model}'")
-        self.width = int(self.vit.num_features)
+        self.width, self.dropout = int(self.vit.num_features), dropout
+        by_experts = None if experts is None else experts.attention
+        for i in select(by_experts, len(self.vit.blocks)):
+            assert by_experts is not None
+            attention = self.vit.blocks[i].attn
+            layer = by_experts.layer(self.width, attention.head_dim, 0.0)
+            if pretrained:
+                adopt(attention, layer)
+            self.vit.blocks[i].attn = layer
         for i in select(experts, len(self.vit.blocks)):
             assert experts is not None
             mlp = self.vit.blocks[i].mlp
@@ -75,7 +87,14 @@ class ViT(Backbone):
         h = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
         for i, block in enumerate(vit.blocks):
             # timm's own block forward cannot hand a routing context to its mlp
-            h = h + block.drop_path1(block.ls1(block.attn(block.norm1(h))))
+            if isinstance(block.attn, HeadLayer):
+                y, routing = block.attn(block.norm1(h), context)
+                routings[f"vit.blocks.{i}.attn"] = routing
+                context = passed_on(context, routing)
+                y = F.dropout(y, self.dropout, self.training)
+            else:
+                y = block.attn(block.norm1(h))
+            h = h + block.drop_path1(block.ls1(y))
             if isinstance(block.mlp, MoELayer):
                 y, routing = block.mlp(block.norm2(h), context)
                 routings[f"vit.blocks.{i}.mlp"] = routing
@@ -84,3 +103,21 @@ class ViT(Backbone):
                 y = block.mlp(block.norm2(h))
             h = h + block.drop_path2(block.ls2(y))
         return Features(vit.forward_head(vit.norm(h), pre_logits=True), routings)
+
+
+def adopt(attention: Any, layer: HeadLayer) -> None:
+    """Give a layer the heads of timm's attention.
+
+    Raises:
+        UserError: it cannot take them.
+    """
+    if not isinstance(layer, MoH):
+        raise UserError(
+            "model.moe.attention.kind: expected 'moh' with pretrained, whose heads are the experts, got 'moa'"
+        )
+    if not isinstance(attention.q_norm, nn.Identity):
+        raise UserError("model.moe.attention: expected a model whose attention has no norm of queries and keys")
+    try:
+        layer.adopt(attention.qkv, attention.proj, attention.num_heads)
+    except ValueError as error:
+        raise UserError(f"model.moe.attention.{error}") from error

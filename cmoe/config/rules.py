@@ -18,6 +18,11 @@ from cmoe.plugins import Entry
 # what MLflow's client takes
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
+ROUTERS = ("model.moe.router", "model.moe.attention.router")
+
+# what an expert works on, by the dimensions inside
+UNITS = ("tokens", "sequences", "feature maps")
+
 # scenarios in which a sample comes with its task label when it is predicted
 LABELLED = ("task", "joint")
 
@@ -43,14 +48,24 @@ class View:
     def needs(self, key: str) -> set[str]:
         """What the component at `key` needs with the options that it has here."""
         found = set(self.attribute(key, "needs", ()))
-        options: Any = self.plan.to_dict()
-        for part in key.split("."):
-            options = options[int(part)] if part.isdecimal() else options.get(part)
-            if options is None:
-                return found
+        options = self.options(key)
         for option, by_value in self.attribute(key, "needs_with", {}).items():
             found |= set(by_value.get(options.get(option), ()))
         return found
+
+    def options(self, key: str) -> dict[str, Any]:
+        """The resolved options of the component at `key`; empty where there is none."""
+        found: Any = self.plan.to_dict()
+        for part in key.split("."):
+            found = found[int(part)] if part.isdecimal() else found.get(part)
+            if found is None:
+                return {}
+        return found
+
+    def routers(self) -> list[tuple[str, str]]:
+        """Full key and name of each router of the model's layers, those that come while training too."""
+        later = [f"{key}.router" for key, _ in self.strategies()]
+        return [(key, self.entries[key].name) for key in (*ROUTERS, *later) if key in self.entries]
 
     def strategies(self) -> list[tuple[str, str]]:
         """Full key and name of each strategy."""
@@ -139,37 +154,118 @@ def modality_of_backbone(view: View) -> None:
 def causal_router(view: View) -> None:
     if not view.attribute("model", "causal", False):
         return
-    if view.attribute("model.moe.router", "causal", True) is False:
-        router = view.plan.model["moe"]["router"]["name"]
-        view.refuse(
-            "model.moe.router",
-            f"a causal router, '{view.plan.model['name']}' must not look at later tokens",
-            f"'{router}', which does",
-        )
+    for key, router in view.routers():
+        if view.attribute(key, "causal", True) is False:
+            view.refuse(
+                key,
+                f"a causal router, '{view.plan.model['name']}' must not look at later tokens",
+                f"'{router}', which does",
+            )
+        options = view.options(key)
+        for option, by_value in view.attribute(key, "causal_with", {}).items():
+            if by_value.get(options.get(option)) is False:
+                view.refuse(
+                    f"{key}.{option}",
+                    f"a value with which no token sees later ones, as '{view.plan.model['name']}' must not",
+                    repr(options[option]),
+                )
+
+
+def assignments_for_options(view: View) -> None:
+    """Routers that mix tokens or merge experts leave nothing to do for some options of the layer."""
+    moe, kind = view.plan.model["moe"], view.attribute("model.moe.router", "routing_kind", "sparse")
+    if not moe or kind == "sparse":
+        return
+    router = f"'{moe['router']['name']}', which assigns no token to an expert"
+    if moe["distillation"]:
+        view.refuse("model.moe.distillation", f"0 with {router}", str(moe["distillation"]))
+    if moe["dispatch"] != "auto":
+        view.refuse("model.moe.dispatch", f"'auto' with {router}", repr(moe["dispatch"]))
+    if kind != "merge":
+        return
+    for i, more in enumerate(moe["more"]):
+        for option in ("expert", "hidden"):
+            if more[option] is not None:
+                view.refuse(
+                    f"model.moe.more.{i}.{option}",
+                    f"experts of one kind and size with '{moe['router']['name']}', which merges them",
+                    "another",
+                )
+
+
+def units_of_experts(view: View) -> None:
+    has = view.attribute("model", "unit", 0)
+    for key, entry in view.entries.items():
+        needs = entry.attribute("inner", 0) if entry.kind == "expert" else 0
+        if needs not in (0, has):
+            backbone = view.plan.model["name"]
+            view.refuse(
+                key, f"experts that work on {UNITS[has]}, which '{backbone}' has", f"'{entry.name}', on {UNITS[needs]}"
+            )
+
+
+def attention_by_experts(view: View) -> None:
+    moe = view.plan.model["moe"]
+    if not moe:
+        return
+    heads, backbone = moe["attention"], view.plan.model["name"]
+    if heads is None:
+        if moe["layers"] == "none":
+            view.refuse("model.moe.layers", "layers that get experts, as there is no `attention` with any", "'none'")
+        return
+    if view.attribute("model", "attends", False) is False:
+        view.refuse("model.moe.attention", f"none with '{backbone}', whose attention takes no experts", heads["kind"])
+    if heads["kind"] == "moa" and heads["shared"]:
+        view.refuse("model.moe.attention.shared", "0 with kind 'moa'", str(heads["shared"]))
+    key = "model.moe.attention.router"
+    if view.attribute(key, "routing_kind", "sparse") != "sparse":
+        name = heads["router"]["name"]
+        view.refuse(key, "a router that assigns tokens to heads", f"'{name}', which mixes or merges")
+
+
+def load_has_noise(view: View) -> None:
+    for key, _ in view.routers():
+        options = view.options(key)
+        if options.get("load") and options.get("noise", "shazeer") != "shazeer":
+            view.refuse(
+                f"{key}.load", "0, as the smooth load is defined for `noise: shazeer` only", str(options["load"])
+            )
+
+
+def frozen_beside_new_weights(view: View) -> None:
+    names = {n: k for k, n in view.strategies()}
+    keeps = next((n for k, n in view.strategies() if view.attribute(k, "restructures", False)), None)
+    if keeps is None:
+        return
+    whose = f"'{keeps}', whose {'frozen ' if keeps == 'expand' else ''}experts it would draw anew"
+    if "separate" in names:
+        view.refuse(names["separate"], f"no 'separate' beside {whose}", "both")
+    key = names.get("cumulative")
+    if key and view.options(key).get("restart"):
+        view.refuse(f"{key}.restart", f"false beside {whose}", "true")
 
 
 def label_for_router(view: View) -> None:
-    needs = view.needs("model.moe.router")
     scenario = view.plan.stream.get("scenario")
-    if {"task", "task_label"} & needs and scenario is not None and scenario not in LABELLED:
-        router = view.plan.model["moe"]["router"]["name"]
-        view.refuse(
-            "model.moe.router",
-            f"a router that needs no task label in scenario '{scenario}' (or `stream.scenario: task`)",
-            f"'{router}', which needs it",
-        )
+    for key, router in view.routers():
+        if {"task", "task_label"} & view.needs(key) and scenario is not None and scenario not in LABELLED:
+            view.refuse(
+                key,
+                f"a router that needs no task label in scenario '{scenario}' (or `stream.scenario: task`)",
+                f"'{router}', which needs it",
+            )
 
 
 def tokens_for_router(view: View) -> None:
-    given = {"task", "task_label", *view.attribute("model", "gives", ())}
-    lacking = sorted(view.needs("model.moe.router") - given)
-    if lacking:
-        router = view.plan.model["moe"]["router"]["name"]
-        view.refuse(
-            "model.moe.router",
-            f"a router that '{view.plan.model['name']}' has everything for",
-            f"'{router}', which needs {' and '.join(lacking)}",
-        )
+    # a layer itself knows which tokens are of one sequence: those of one sample
+    given = {"task", "task_label", "sequence", *view.attribute("model", "gives", ())}
+    for key, router in view.routers():
+        if lacking := sorted(view.needs(key) - given):
+            view.refuse(
+                key,
+                f"a router that '{view.plan.model['name']}' has everything for",
+                f"'{router}', which needs {' and '.join(lacking)}",
+            )
 
 
 def label_for_strategy(view: View) -> None:
@@ -196,8 +292,9 @@ def boundaries_for_strategy(view: View) -> None:
 
 
 def experts_for_strategy(view: View) -> None:
+    later = any(name == "upcycle" for _, name in view.strategies())
     for key, name in view.strategies():
-        wanted = name == "expand" or "moe" in view.needs(key)
+        wanted = not later and (name == "expand" or "moe" in view.needs(key))
         if wanted and view.plan.model["moe"] is None:
             view.refuse(
                 "model.moe", f"experts, which strategy '{name}' works on (such as `moe: {{experts: 4}}`)", "none"
@@ -308,6 +405,11 @@ RULES: tuple[Callable[[View], None], ...] = (
     scenario_of_task,
     modality_of_backbone,
     causal_router,
+    assignments_for_options,
+    units_of_experts,
+    attention_by_experts,
+    load_has_noise,
+    frozen_beside_new_weights,
     label_for_router,
     tokens_for_router,
     label_for_strategy,

@@ -61,7 +61,8 @@ class MoE:
         expert: what an expert is (`cmoe list experts`); default is the backbone's own: 'linear' in `mlp`, 'ffn'
             elsewhere.
         hidden: hidden units of one expert; default is the feed-forward network's own.
-        layers: 'all', 'last', 'alternate', or the indices of the layers that get experts.
+        layers: 'all', 'last', 'alternate', or the indices of the layers that get experts; 'none' where only `attention`
+            has any.
         more: further experts of a kind or size of their own (different sizes in one layer; `zero`, `copy`, `constant`).
         shared: experts that work on every token beside those that the router chooses.
         base: whether the feed-forward network itself stays and the experts add to it: 'none', 'frozen' (LoRA and
@@ -69,19 +70,21 @@ class MoE:
         distillation: weight of the loss that draws the experts of a token together (mutual distillation, MoDE).
         dispatch: how tokens reach experts: 'auto' picks by shape and device.
         recompute: hidden units are computed again for the backward pass instead of kept: less memory, more time.
+        attention: attention heads as experts too, in place of a transformer block's self-attention.
     """
 
     experts: PositiveInt = 4
     router: RouterSpec = field(default_factory=lambda: {"name": "topk"})
     expert: ExpertSpec | None = None
     hidden: PositiveInt | None = None
-    layers: Literal["all", "last", "alternate"] | list[int] = "all"
+    layers: Literal["all", "last", "alternate", "none"] | list[int] = "all"
     more: list[MoreExperts] = field(default_factory=list)
     shared: Count = 0
     base: Literal["none", "frozen", "trained"] = "none"
     distillation: NonNegative = 0.0
     dispatch: Literal["auto", "grouped", "loop", "bmm", "dense"] = "auto"
     recompute: bool = False
+    attention: Heads | None = None
 
 
 @dataclass
@@ -97,6 +100,28 @@ class MoreExperts:
     experts: PositiveInt = 1
     expert: ExpertSpec | None = None
     hidden: PositiveInt | None = None
+
+
+@dataclass
+class Heads:
+    """Attention heads as experts: each token is told by a router which heads to ask with.
+
+    Options:
+        kind: 'moa' (Zhang et al. 2022: heads own queries and outputs, keys and values are one for all) or 'moh' (Jin et
+            al. 2024: the heads of ordinary attention, weighted).
+        heads: heads that the router chooses from.
+        router: how tokens choose heads.
+        shared: heads that every token uses beside those ('moh').
+        size: of a head; default is the backbone's own, dim / heads.
+        layers: 'all', 'last', 'alternate', or the indices of the blocks.
+    """
+
+    kind: Literal["moa", "moh"] = "moh"
+    heads: PositiveInt = 4
+    router: RouterSpec = field(default_factory=lambda: {"name": "topk"})
+    shared: Count = 0
+    size: PositiveInt | None = None
+    layers: Literal["all", "last", "alternate"] | list[int] = "all"
 
 
 @dataclass

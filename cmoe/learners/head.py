@@ -119,13 +119,15 @@ class Head(nn.Module):
 
     def structure(self) -> dict[str, Any]:
         """Plain containers from which `restore_structure` makes the same blocks."""
-        return {"classes": [list(c) for c in self.block_classes], "tasks": list(self.block_tasks)}
+        return {"kind": self.kind, "classes": [list(c) for c in self.block_classes], "tasks": list(self.block_tasks)}
 
     def restore_structure(self, structure: dict[str, Any]) -> None:
         """Blocks as they were when `structure()` was taken; their weights follow by `load_state_dict`.
 
         Blocks that are here already stay; others come with weights of zero. Draws no random numbers.
         """
+        # where the stream decides (`head: auto`), one without samples may have decided otherwise
+        self.kind = structure.get("kind", self.kind)
         wanted = list(zip(structure["classes"], structure["tasks"], strict=True))
         kept = 0
         while kept < min(len(wanted), len(self.blocks)):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from cmoe.backbones import Backbone
 from cmoe.learners.head import Head
-from cmoe.moe import MoELayer, RouteContext, Routing
+from cmoe.moe import MoELayer, RouteContext, Routing, surgery
+from cmoe.moe.surgery.place import Routers
 
 
 @dataclass(slots=True)
@@ -41,11 +42,13 @@ class Model(nn.Module):
     Args:
         backbone: features of a batch.
         head: logits of features.
+        routers: makes what a router's name and options mean, for layers that come while training; default are the
+            built-in ones.
     """
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    def __init__(self, backbone: Backbone, head: Head, routers: Routers | None = None) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.routers = backbone, head, routers
 
     def forward(self, x: Tensor, context: RouteContext) -> Output:
         """Logits of a batch, see `Output`."""
@@ -64,12 +67,14 @@ class Model(nn.Module):
         """Plain containers: everything about the shape that training may have changed."""
         return {
             "head": self.head.structure(),
+            "placed": surgery.placed(self.backbone),
             "moe": {name: layer.structure() for name, layer in self.moe_layers().items()},
             "frozen": [name for name, p in self.named_parameters() if not p.requires_grad],
         }
 
     def restore_structure(self, structure: dict[str, Any]) -> None:
         """The shape as it was when `structure()` was taken; the weights follow by `load_state_dict`."""
+        surgery.put(self.backbone, structure.get("placed", {}), self.routers)
         self.head.restore_structure(structure["head"])
         for name, layer in self.moe_layers().items():
             layer.restore_structure(structure["moe"][name])

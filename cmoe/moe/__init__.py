@@ -4,6 +4,8 @@ from cmoe.moe import MoELayer
 """
 
 from cmoe.moe import diagnostics, losses
+from cmoe.moe.attention import HeadLayer, MoA, MoH
+from cmoe.moe.depths import Depths, MixtureOfDepths
 from cmoe.moe.experts import EXPERTS, FFN, Expert, Linear
 from cmoe.moe.layer import MoELayer
 from cmoe.moe.optimizer import ParameterChange, carry_state, migrate_optimizer
@@ -17,15 +19,22 @@ from cmoe.moe.routing import (
 )
 from cmoe.moe.view import NONE, ExpertView
 
+from cmoe.moe import surgery  # isort: skip - made of all of the above
+
 __all__ = [
     "EXPERTS",
     "FFN",
     "NONE",
     "ROUTERS",
+    "Depths",
     "Expert",
     "ExpertView",
+    "HeadLayer",
     "Linear",
+    "MixtureOfDepths",
+    "MoA",
     "MoELayer",
+    "MoH",
     "ParameterChange",
     "RouteContext",
     "Router",
@@ -38,4 +47,5 @@ __all__ = [
     "losses",
     "migrate_optimizer",
     "passed_on",
+    "surgery",
 ]

@@ -28,20 +28,20 @@ class Kind:
     name: str | None = None
 
     @classmethod
-    def of(cls, spec: Spec, hidden: int | None) -> Kind:
+    def of(cls, spec: Spec, hidden: int | None, known: Mapping[str, Any] = EXPERTS) -> Kind:
         """From a name, a mapping `name:` with options, or a callable.
 
         Raises:
             ValueError: the name is unknown.
         """
-        factory, options = resolve("expert", spec, EXPERTS)
+        factory, options = resolve("expert", spec, known)
         name = spec if isinstance(spec, str) else spec["name"] if isinstance(spec, Mapping) else None
         return cls(factory, options, hidden, name)
 
-    def like(self, spec: Spec | None, hidden: int | None) -> Kind:
+    def like(self, spec: Spec | None, hidden: int | None, known: Mapping[str, Any] = EXPERTS) -> Kind:
         """This kind with another specification, another size, or both."""
         size = self.hidden if hidden is None else hidden
-        return replace(self, hidden=size) if spec is None else Kind.of(spec, size)
+        return replace(self, hidden=size) if spec is None else Kind.of(spec, size, known)
 
     def make(self, n: int, dim: int, out_dim: int, hidden: int | None = None) -> Expert:
         """A cohort with weights of zero."""

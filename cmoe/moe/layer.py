@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cmoe.moe import lifecycle, soft
 from cmoe.moe.dispatch import PATHS, Path, dispatch, each_assignment, maybe_again
-from cmoe.moe.experts import Cohorts, Expert
+from cmoe.moe.experts import EXPERTS, Cohorts, Expert
 from cmoe.moe.kinds import Kind, Spec, resolve
 from cmoe.moe.losses import mutual_distillation_loss
+from cmoe.moe.merging import Weights
 from cmoe.moe.optimizer import ParameterChange
 from cmoe.moe.routers import ROUTERS
 from cmoe.moe.routing import (
@@ -26,6 +28,8 @@ from cmoe.moe.routing import (
     UniformRouting,
 )
 from cmoe.moe.view import NONE, ExpertView
+
+UNITS = ("tokens", "sequences", "feature maps")
 
 
 class MoELayer(nn.Module):
@@ -65,6 +69,9 @@ class MoELayer(nn.Module):
         ValueError: a name or option is unknown or out of range.
     """
 
+    known: ClassVar[Mapping[str, Any]] = EXPERTS  # kinds by name
+    described: dict[str, Any] | None = None  # how to build it again, where an operation put it (cmoe.moe.surgery)
+    inner: int  # dimensions between the leading ones and D that belong to one unit: 0 a token, 2 a feature map
     _anchor: Tensor
     _tally: Tensor
 
@@ -91,14 +98,17 @@ class MoELayer(nn.Module):
         self.dispatch, self.distillation, self.recompute = dispatch, distillation, recompute
         make_router, router_options = resolve("router", router, ROUTERS)
         self.router: Router = make_router(dim=dim, **router_options)
-        self.kinds = [Kind.of(expert, hidden)]
+        if distillation and self.router.routing_kind != "sparse":
+            raise ValueError("distillation: expected 0 with a router that assigns tokens to no expert")
+        self.kinds = [Kind.of(expert, hidden, self.known)]
+        self.inner = 0
         self.cohorts = Cohorts()
         self.cohort_ids: dict[str, tuple[int, ...]] = {}
         self.cohort_kinds: dict[str, int] = {}
         self.frozen_keys: set[str] = set()
         self.tasks: dict[int, tuple[int, ...]] = {}
         self._usage: dict[int, int] = {}
-        self._next_expert = self._next_cohort = 0
+        self._next_expert = self._next_cohort = self._built = 0
         self.view = ExpertView({}, {})
         # goes where the layer goes: new experts get its device and type
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
@@ -108,20 +118,18 @@ class MoELayer(nn.Module):
             options: dict[str, Any] = {"experts": 1, "expert": expert, "hidden": hidden} | dict(entry)
             if unknown := sorted(set(options) - {"experts", "expert", "hidden"}):
                 raise ValueError(f"more: expected 'experts', 'expert' and 'hidden', got {unknown[0]!r}")
-            self.kinds.append(Kind.of(options["expert"], options["hidden"]))
+            self.kinds.append(Kind.of(options["expert"], options["hidden"], self.known))
             lifecycle.add(self, options["experts"], "fresh", None, None, len(self.kinds) - 1)
         self._built = len(self.kinds)  # those that a layer of the same arguments has too
         self.shared: Expert | None = None
         if shared:
-            width = self.cohorts["0"].hidden or self.out_dim
-            self.shared = self.kinds[0].make(1, dim, self.out_dim, hidden=shared * width)
+            first = self.cohorts["0"]
+            if first.widens and first.hidden:  # together they are one wide expert, which costs one product
+                self.shared = self.kinds[0].make(1, dim, self.out_dim, hidden=shared * first.hidden)
+            else:
+                self.shared = self.new_cohort(shared)
             self.shared.reset_parameters()
         self.base = base
-
-    @property
-    def inner(self) -> int:
-        """Dimensions between the leading ones and D that belong to one unit: 0 for tokens, 2 for feature maps."""
-        return next(iter(self.cohorts.values())).inner
 
     def forward(self, x: Tensor, context: RouteContext | None = None) -> tuple[Tensor, Routing]:
         """Route tokens and combine their experts' outputs.
@@ -136,6 +144,16 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: the router misses something in the context, or it does not fit x.
         """
+        x_TD, context, routing = self._routed(x, context)
+        y_TO = self._combined(x_TD, routing)
+        if self.shared is not None:
+            y_TO = y_TO + self._for_valid(maybe_again(self.recompute, self._shared, x_TD), context)
+        if self.base is not None:
+            y_TO = y_TO + self._for_valid(self.base(x_TD), context)
+        return y_TO.reshape(*x.shape[:-1], self.out_dim), routing
+
+    def _routed(self, x: Tensor, context: RouteContext | None) -> tuple[Tensor, RouteContext, Routing]:
+        """The units one after the other, (T, D) or (T, ..., D), their context, and where each goes."""
         inner = self.inner
         lead, unit = x.shape[: x.dim() - 1 - inner], x.shape[x.dim() - 1 - inner : -1]
         context = NO_CONTEXT if context is None else context.for_tokens(lead)
@@ -143,13 +161,7 @@ class MoELayer(nn.Module):
             context = replace(context, sequence=_sequences(lead, x.device))
         x_TD = x.reshape(-1, *unit, self.dim)
         routed_TD = x_TD if not inner else x_TD.flatten(1, inner).mean(1)
-        routing = self.router(routed_TD, context, self.view)
-        y_TO = self._combined(x_TD, routing)
-        if self.shared is not None:
-            y_TO = y_TO + self._for_valid(maybe_again(self.recompute, self.shared.single, x_TD, 0), context)
-        if self.base is not None:
-            y_TO = y_TO + self._for_valid(self.base(x_TD), context)
-        return y_TO.reshape(*lead, *unit, self.out_dim), routing
+        return x_TD, context, self.router(routed_TD, context, self.view)
 
     def _combined(self, x_TD: Tensor, routing: Routing) -> Tensor:
         if isinstance(routing, UniformRouting):
@@ -158,9 +170,9 @@ class MoELayer(nn.Module):
                     self._usage[expert] = self._usage.get(expert, 0) + x_TD.shape[0]
             return self._uniform(x_TD, routing)
         if isinstance(routing, SoftRouting):
-            return soft.mix(x_TD, routing, self.view, self.cohorts)
+            return maybe_again(self.recompute, soft.mix, x_TD, routing, self.view, self.cohorts)
         if isinstance(routing, MergeRouting):
-            return soft.merge(x_TD, routing, self.view, self.cohorts)
+            return maybe_again(self.recompute, soft.merge, x_TD, routing, self.view, self.cohorts)
         if self.distillation and self.training:
             return self._distilled(x_TD, routing)
         y_TO, load = dispatch(x_TD, routing, self.view, self.cohorts, self.dispatch, self.recompute)
@@ -197,6 +209,10 @@ class MoELayer(nn.Module):
         self._count(torch.bincount(columns_N, minlength=len(self.view) + 1)[:-1].tolist())
         return torch.einsum("tk,tk...->t...", routing.weights.to(each_TKO.dtype), each_TKO)
 
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared is not None
+        return self.shared.single(x_TD, 0) if self.shared.n == 1 else self.shared.every(x_TD).sum(0)
+
     def _for_valid(self, y_TO: Tensor, context: RouteContext) -> Tensor:
         return y_TO if context.valid is None else _masked(y_TO, context.valid)
 
@@ -215,6 +231,10 @@ class MoELayer(nn.Module):
             self._tally.zero_()
         return self._usage
 
+    def route(self, x: Tensor, context: RouteContext | None = None) -> Routing:
+        """Where each unit of x goes, without any expert's work; arguments as for `forward`."""
+        return self._routed(x, context)[2]
+
     @property
     def frozen_ids(self) -> set[int]:
         """Ids of the frozen experts."""
@@ -223,22 +243,38 @@ class MoELayer(nn.Module):
     def add_experts(
         self,
         n: int,
-        init: Literal["fresh", "copy", "zero"] = "fresh",
+        init: Literal["fresh", "copy", "nearest", "interpolated", "zero"] = "fresh",
         source: int | None = None,
         tasks: Iterable[int] | int | None = None,
         expert: str | Mapping[str, Any] | None = None,
         hidden: int | None = None,
+        *,
+        sources: Sequence[int] | None = None,
+        weights: Weights = "usage",
+        align: bool = True,
+        tokens: Tensor | None = None,
+        context: RouteContext | None = None,
+        noise: float = 0.0,
     ) -> list[int]:
         """Add a cohort of experts and its router columns; existing parameters stay the very same objects.
 
         Args:
             n: how many.
-            init: 'fresh' draws weights, 'copy' copies those of `source`, 'zero' draws them with an output of 0.
-                Router columns are always drawn.
+            init: 'fresh' draws weights; 'copy' copies those of `source`; 'nearest' copies the expert to which the router
+                gives most of `tokens` (the sum of its weights over them); 'interpolated' takes the weighted mean of
+                `sources`; 'zero' draws them with an output of 0. Copies are of an expert of the same kind. Router columns
+                are always drawn.
             source: id to copy; default is the expert most used in training (the lowest id among equals).
             tasks: task labels that the new experts are assigned to, beside those assigned already.
             expert: their kind, by name or as a mapping `name:` with options; default is the layer's first.
             hidden: hidden units of one of them; default is the layer's.
+            sources: ids of those between which to interpolate; default is all of the same kind.
+            weights: what each of them counts: 'usage' (tokens worked on while training), numbers, or None (equal).
+            align: put hidden units in one order before they are averaged (Ainsworth et al. 2022).
+            tokens: of the new data, as this layer gets them, (N, D); for 'nearest'.
+            context: what else is known about them.
+            noise: added to copies, so that they do not stay equal: N(0, 1) times this, times the standard deviation of
+                each parameter's values.
 
         Returns:
             Their ids. Their parameters are new to an optimizer (`migrate_optimizer(..., added=layer.parameters())`).
@@ -247,7 +283,9 @@ class MoELayer(nn.Module):
             ValueError: n < 1, an unknown `init` or `source`, or a kind that has no output of 0.
         """
         kind = 0 if expert is None and hidden is None else self.kind_number(expert, hidden)
-        return lifecycle.add(self, n, init, source, tasks, kind)
+        more: dict[str, Any] = {"sources": sources, "weights": weights, "align": align}
+        more |= {"tokens": tokens, "context": context, "noise": noise}
+        return lifecycle.add(self, n, init, source, tasks, kind, **more)
 
     def freeze(self, ids: Iterable[int]) -> ParameterChange:
         """Freeze experts and their router columns: no gradient, bit-identical under any optimizer.
@@ -271,6 +309,48 @@ class MoELayer(nn.Module):
             ValueError: an id is unknown, or none would be left.
         """
         return lifecycle.remove(self, ids)
+
+    def merge(self, ids: Iterable[int], weights: Weights = "usage", align: bool = True) -> tuple[int, ParameterChange]:
+        """Make one expert of several, the weighted mean of their weights and router columns (M-SMoE, Li et al. 2023).
+
+        The merged expert has an id of its own, comes last, is assigned to every task of theirs, has the sum of their use,
+        and is frozen if they all were. They are removed.
+
+        Args:
+            ids: at least two, of one kind and size.
+            weights: what each counts: 'usage' (tokens worked on while training, equal where there is none), numbers, or
+                None (equal).
+            align: put hidden units in the order of those of the expert that counts most (Ainsworth et al. 2022).
+
+        Returns:
+            Its id, and what became of the parameters: the state of an optimizer is averaged as the weights are.
+
+        Raises:
+            ValueError: an id is unknown, there are fewer than two, they differ in kind, or weights do not fit.
+        """
+        return lifecycle.merge(self, ids, weights, align)
+
+    def prune(
+        self, keep: int | None = None, below: float | None = None, assigned: bool = False
+    ) -> tuple[list[int], ParameterChange]:
+        """Remove the experts that were used least in training; one always stays.
+
+        Args:
+            keep: how many stay, the most used (the lowest ids among equals).
+            below: or which go: those with a smaller share of all assignments than this.
+            assigned: also those that are assigned to a task; else they stay, even if more than `keep` do then.
+
+        Returns:
+            The ids that are gone, and what became of the parameters of the others.
+
+        Raises:
+            ValueError: not exactly one of keep and below, out of range, or no use was counted yet.
+        """
+        return lifecycle.prune(self, keep, below, assigned)
+
+    def reset_usage(self) -> None:
+        """Count the experts' use anew from here."""
+        self.usage.clear()
 
     def assign(self, ids: Iterable[int], task: int) -> None:
         """Let exactly these experts work for a task label.
@@ -313,7 +393,9 @@ class MoELayer(nn.Module):
         Cohorts that are here already stay; others come with weights of zero, to be loaded. Build optimizers afterwards.
         """
         cohorts = {entry["key"]: tuple(entry["experts"]) for entry in structure["cohorts"]}
-        self.kinds[self._built :] = [Kind.of(entry["expert"], entry["hidden"]) for entry in structure.get("kinds", ())]
+        self.kinds[self._built :] = [
+            Kind.of(entry["expert"], entry["hidden"], self.known) for entry in structure.get("kinds", ())
+        ]
         kinds = {entry["key"]: entry.get("kind", 0) for entry in structure["cohorts"]}
         for key in list(self.cohort_ids):
             if cohorts.get(key) != self.cohort_ids[key] or kinds[key] != self.cohort_kinds[key]:
@@ -337,12 +419,37 @@ class MoELayer(nn.Module):
 
         Among experts of different sizes a token is taken to go to the largest.
         """
-        always = sum(p.numel() for part in (self.router, self.shared, self.base) if part for p in part.parameters())
+        total = sum(p.numel() for p in self.parameters())
         experts = sum(p.numel() for p in self.cohorts.parameters())
         one = max(sum(p[0].numel() for p in cohort.parameters()) for cohort in self.cohorts.values())
-        return always + experts, always + one * self.router.experts_per_token(self.view)
+        return total, total - experts + one * self.router.experts_per_token(self.view)
+
+    def flops_per_token(self) -> int:
+        """Floating point operations of a forward pass on one token: matrix products of what works on all, and its experts'.
+
+        Among experts of different sizes a token is taken to go to the largest. Of a unit of several places, on each place.
+        """
+        one = max(cohort.flops_per_token() for cohort in self.cohorts.values())
+        return self.flops_for_all() + one * self.router.experts_per_token(self.view)
+
+    def flops_for_all(self) -> int:
+        """Those that every token costs: of the router, the shared experts and the base.
+
+        Of a base, which may be any module, each matrix as if it were used once.
+        """
+        total = sum(2 * p.numel() for p in self.router.parameters())
+        if self.shared is not None:
+            total += self.shared.n * self.shared.flops_per_token()
+        if self.base is not None:
+            total += sum(2 * p.numel() for p in self.base.parameters() if p.dim() > 1)
+        return total
 
     # -- for lifecycle.py ---------------------------------------------------------------------------------------
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the device and type that new experts get."""
+        return self._anchor
 
     def stacked_modules(self) -> tuple[nn.ModuleDict, nn.ModuleDict]:
         """The dictionaries whose modules have one row per expert of a cohort."""
@@ -388,15 +495,29 @@ class MoELayer(nn.Module):
 
     def kind_number(self, expert: str | Mapping[str, Any] | None, hidden: int | None) -> int:
         """The index among `kinds` of what a caller asks for; a new one comes last."""
-        wanted = self.kinds[0].like(expert, hidden)
+        wanted = self.kinds[0].like(expert, hidden, self.known)
         if wanted not in self.kinds:
             wanted.plain()  # refuses what could not be saved
             self.kinds.append(wanted)
         return self.kinds.index(wanted)
 
     def new_cohort(self, n: int, kind: int = 0) -> Expert:
-        """A cohort of one of this layer's kinds with weights of zero, not yet part of the layer."""
-        return self.kinds[kind].make(n, self.dim, self.out_dim)
+        """A cohort of one of this layer's kinds with weights of zero, not yet part of the layer.
+
+        Raises:
+            ValueError: it works on other units than the layer's other experts, or not with the layer's `dispatch`.
+        """
+        cohort = self.kinds[kind].make(n, self.dim, self.out_dim)
+        name = type(cohort).__name__
+        if self.dispatch not in ("auto", *cohort.paths):
+            raise ValueError(f"dispatch: expected 'auto' or one of {cohort.paths} for {name}, got {self.dispatch!r}")
+        if cohort.inner not in (0, self.inner):
+            if self.inner or self._built:
+                raise ValueError(
+                    f"expert: expected one that works on {UNITS[self.inner]}, got {name}: {UNITS[cohort.inner]}"
+                )
+            self.inner = cohort.inner
+        return cohort
 
     def install(self, key: str, cohort: Expert, fresh: bool) -> None:
         """Make a cohort part of the layer, with router columns that are drawn (`fresh`) or zero."""
@@ -417,8 +538,5 @@ def _masked(y_TO: Tensor, valid_T: Tensor) -> Tensor:
 
 
 def _sequences(lead: Sequence[int], device: torch.device) -> Tensor:
-    """The sequence of each token where the last leading dimension is the position."""
-    count = 1
-    for size in lead[:-1]:
-        count *= size
-    return torch.arange(count, device=device).repeat_interleave(lead[-1])
+    """The sequence of each token: the first leading dimension counts them, be the others positions or places of a map."""
+    return torch.arange(lead[0], device=device).repeat_interleave(math.prod(lead[1:]))

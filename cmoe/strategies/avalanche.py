@@ -43,14 +43,14 @@ class Avalanche(Strategy):
         names = [n for n, c in vars(training).items() if inspect.isclass(c) and hasattr(c, "train")]
         if self.strategy not in names:
             raise UserError(
-                f"strategy avalanche.strategy: expected a class of avalanche.training, got '{self.strategy}'"
+                f"strategy.avalanche.strategy: expected a class of avalanche.training, got '{self.strategy}'"
                 f"{nearest(self.strategy, names)}"
             )
         self._class = getattr(training, self.strategy)
         self._refuse(context, training)
         taken = _parameters(self._class)
         for name, value in self.options.items():
-            key = f"strategy avalanche.options.{name}"
+            key = f"strategy.avalanche.options.{name}"
             if name not in taken:
                 raise UserError(f"{key}: unknown to {self.strategy}{nearest(name, taken)}")
             wanted = taken[name].annotation
@@ -68,15 +68,15 @@ class Avalanche(Strategy):
         """What Avalanche's loop cannot be given."""
         stream, head = context.stream, context.model.head
         if stream.language:
-            raise UserError("strategy avalanche: expected a stream with classes, got language modelling")
+            raise UserError("strategy.avalanche: expected a stream with classes, got language modelling")
         if head.kind != "shared":
             raise UserError(
-                f"strategy avalanche: expected model.head 'shared', whose output c is class c, got '{head.kind}'"
+                f"strategy.avalanche: expected model.head 'shared', whose output c is class c, got '{head.kind}'"
             )
         if context.model.needs_task():
-            raise UserError("strategy avalanche: expected a router that needs no task label, Avalanche gives none")
+            raise UserError("strategy.avalanche: expected a router that needs no task label, Avalanche gives none")
         if issubclass(self._class, training.JointTraining) and len(stream.segments) > 1:
-            raise UserError("strategy avalanche: JointTraining needs stream.scenario 'joint', it trains only once")
+            raise UserError("strategy.avalanche: JointTraining needs stream.scenario 'joint', it trains only once")
 
     def train(self, segment: Segment, optimizer: torch.optim.Optimizer) -> None:
         """Train one segment with Avalanche's loop on Avalanche's own experiences."""
@@ -114,7 +114,7 @@ class Avalanche(Strategy):
             return self._class(**chosen)
         except Exception as error:  # somebody else's constructor may raise anything, AssertionError included
             raise UserError(
-                f"strategy avalanche.options: {self.strategy} refuses them ({first_line(error)})"
+                f"strategy.avalanche.options: {self.strategy} refuses them ({first_line(error)})"
             ) from error
 
 

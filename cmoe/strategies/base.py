@@ -15,7 +15,8 @@ from cmoe.learners.batch import Batch
 from cmoe.learners.hooks import StepHooks
 from cmoe.learners.model import Model, Output
 from cmoe.learners.objective import Objective
-from cmoe.moe import RouteContext
+from cmoe.moe import ParameterChange, RouteContext
+from cmoe.moe.surgery import Surgery
 from cmoe.streams import Experience, Stream
 
 
@@ -67,8 +68,9 @@ class Context:
         seed: a seed for a named purpose, derived from the run's.
         fresh_model: a newly initialised model of the same configuration, for a named purpose.
         device: where the model is.
-        event: reports a change of experts: (kind, layer, expert ids, experience).
+        event: reports a change of experts: (kind, layer, expert ids, experience), for 'merged' also `into`.
         options: the run's sections as plain containers.
+        changed: tells what became of parameters, so that the optimizer's state follows (`optimizer.reset: never`).
         seen: classes of all segments begun so far, in order of arrival.
         previous: classes of the segments before the present one.
     """
@@ -79,10 +81,23 @@ class Context:
     seed: Callable[[str], int]
     fresh_model: Callable[[str], Model]
     device: torch.device
-    event: Callable[[str, str, Sequence[int], int], None]
+    event: Callable[..., None]
     options: dict[str, Any]
+    changed: Callable[[ParameterChange], None] = lambda change: None
     seen: list[int] = field(default_factory=list)
     previous: list[int] = field(default_factory=list)
+
+    def record(self, surgery: Surgery, experience: int) -> None:
+        """Report what an operation on the model's experts did: its events to the timeline, its parameters to the
+        optimizer.
+
+        Args:
+            surgery: what a function of `cmoe.moe.surgery` returned.
+            experience: during which it was called; whether before or after its training is known.
+        """
+        for event in surgery.events:
+            self.event(event.kind, event.layer, event.experts, experience, into=event.into)
+        self.changed(surgery.change)
 
     def inputs(self, raw: Tensor, experience: Tensor, generator: torch.Generator | None, train: bool = True) -> Tensor:
         """Raw samples (B, ...) of the given experiences (B,) as the model's input, on its device."""
@@ -133,6 +148,7 @@ class Strategy(StepHooks):
         owns_loop: it runs the training of an experience itself, and stands alone.
         needs_boundaries: it must know where experiences end.
         extendable: a finished run with it can learn further experiences.
+        restructures: it changes which experts the model has, or that it has any, while the run goes on.
     """
 
     owns_data: ClassVar[bool] = False
@@ -140,6 +156,7 @@ class Strategy(StepHooks):
     owns_loop: ClassVar[bool] = False
     needs_boundaries: ClassVar[bool] = False
     extendable: ClassVar[bool] = True
+    restructures: ClassVar[bool] = False
 
     context: Context
 

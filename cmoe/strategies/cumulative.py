@@ -24,7 +24,7 @@ class Cumulative(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         if self.restart and any(s["name"] == "expand" for s in context.options["strategy"]):
-            raise UserError("strategy cumulative: restart beside 'expand' would draw its frozen experts anew")
+            raise UserError("strategy.cumulative: restart beside 'expand' would draw its frozen experts anew")
 
     def data(self, segment: Segment) -> list[Experience]:
         return self.context.stream.experiences[: segment.last + 1]

@@ -36,7 +36,7 @@ class Replay(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         if self.policy == "class_balanced" and context.stream.language:
-            raise UserError("strategy replay.policy: expected 'reservoir' for language modelling, got 'class_balanced'")
+            raise UserError("strategy.replay.policy: expected 'reservoir' for language modelling, got 'class_balanced'")
         self.draw = self.batch or int(context.options["trainer"]["batch_size"])
         self.storage = context.stream.experiences[0].train.x  # one for the whole stream
         self.buffer = Buffer(self.size, self.policy, torch.Generator().manual_seed(context.seed("replay")))

@@ -24,7 +24,7 @@ class Separate(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         if any(s["name"] == "expand" for s in context.options["strategy"]):
-            raise UserError("strategy separate: beside 'expand' it would draw the frozen experts anew")
+            raise UserError("strategy.separate: beside 'expand' it would draw the frozen experts anew")
 
     def before_experience(self, segment: Segment) -> None:
         if segment.number > 0:

@@ -33,6 +33,7 @@ from cmoe.tracking import diagnostics, figures
 from cmoe.tracking.figures import ExpertLife, RouterLoad
 from cmoe.tracking.tracker import Tracker
 
+LIFE = ["layer", "expert", "origin", "added", "frozen", "thawed", "ended", "how", "into", "tasks"]  # columns
 PACKAGES = ("cmoe", "torch", "pytorch-lightning", "avalanche-lib", "timm", "torchmetrics", "numpy", "mlflow")
 
 
@@ -161,8 +162,8 @@ def log_experts(
     """The experts' timeline and the routers' load, as pictures and tables; returns the pictures' paths."""
     pictures = []
     if lives:
-        columns = ["layer", "expert", "added", "frozen", "removed", *(f"used_by_{j}" for j in range(len(names)))]
-        rows = [[x.layer, x.expert, x.added, x.frozen, x.removed, *(x.used.get(j, 0.0) for j in range(len(names)))] for x in lives]  # fmt: skip
+        columns = [*LIFE, *(f"used_by_{j}" for j in range(len(names)))]
+        rows = [[*_life(x), *(x.used.get(j, 0.0) for j in range(len(names)))] for x in lives]
         tracker.text("figures/expert_timeline.csv", _csv(columns, rows), "experts")
         pictures.append(tracker.figure("expert_timeline", figures.expert_timeline(lives, names, title)))
     if loads:
@@ -176,6 +177,15 @@ def log_experts(
         tracker.text("figures/router_load.csv", table, "experts")
         pictures.append(tracker.figure("router_load", figures.router_load(loads, names, title)))
     return pictures
+
+
+def _life(life: ExpertLife) -> list[Any]:
+    """What became of an expert, in the order of `LIFE`; several of a column are joined by blanks."""
+    thawed = [str(until) for _, until in life.frozen if until is not None]
+    frozen = " ".join(str(begin) for begin, _ in life.frozen)
+    tasks = " ".join(map(str, life.tasks))
+    first = [life.layer, life.expert, life.origin, life.added]
+    return [*first, frozen, " ".join(thawed), life.ended, life.how, life.into, tasks]
 
 
 def log_diagnostics(tracker: Tracker, documents: Sequence[dict[str, Any]], title: str) -> list[Path]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cmoe.backbones import Backbone, ByteLM, ExpertLayers, TextEncoder
-from cmoe.backbones.transformer import Block, Blocks, FeedForward
+from cmoe.backbones.transformer import Block, Blocks, FeedForward, SelfAttention
 from cmoe.moe import RouteContext
 from cmoe.moe.routers import TaskTable
 
@@ -48,7 +48,8 @@ def reference(block: Block, x: Tensor, causal: bool) -> Tensor:
 def test_a_block_is_its_formula(macaron: bool, causal: bool) -> None:
     torch.manual_seed(1)
     before = FeedForward(16, 24) if macaron else None
-    block, x = Block(16, 2, FeedForward(16, 24), 0.0, before).eval(), torch.randn(3, 7, 16)
+    block = Block(16, SelfAttention(16, 2, 0.0), FeedForward(16, 24), 0.0, before).eval()
+    x = torch.randn(3, 7, 16)
     y, decided = block(x, causal, RouteContext())
     torch.testing.assert_close(y, reference(block, x, causal), rtol=1e-5, atol=1e-6)
     assert not decided

@@ -128,6 +128,19 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "future router in a decoder": (
         "stream: needy\nmodel: {name: byte_lm, moe: {router: future}}\n", ["model.moe.router: expected a causal router"]),
+    "soft router in a decoder": (
+        "stream: needy\nmodel: {name: byte_lm, moe: {router: soft}}\n", ["model.moe.router: expected a causal router", "'soft'"]),
+    "sequence-level router in a decoder": (
+        "stream: needy\nmodel: {name: byte_lm, moe: {router: {name: topk, level: sequence}}}\n",
+        ["model.moe.router.level: expected", "'byte_lm'", "got 'sequence'"]),
+    "distillation without assignments": (
+        TOY + "model: {moe: {router: soft, distillation: 0.1}}\n", ["model.moe.distillation: expected 0", "'soft'"]),
+    "dispatch without assignments": (
+        TOY + "model: {moe: {router: smear, dispatch: loop}}\n", ["model.moe.dispatch: expected 'auto'", "'smear'"]),
+    "merging of different sizes": (
+        TOY + "model: {moe: {router: smear, more: [{hidden: 3}]}}\n", ["model.moe.more.0.hidden: expected experts of one kind", "'smear'"]),
+    "a router by token id without any": (
+        TOY + "model: {moe: {router: {name: stable_moe, distil: token_ids}}}\n", ["model.moe.router", "needs token_ids"]),
     "multi head without label": (TOY + "model: {head: multi}\n", ["model.head: expected", "'multi'"]),
     "task outputs without label": (TOY + "model: {eval_outputs: task}\n", ["model.eval_outputs: expected"]),
     "masked vocabulary": ("stream: needy\nmodel: {name: byte_lm, train_outputs: seen}\n", ["model.train_outputs: expected 'all'"]),

@@ -116,3 +116,11 @@ def test_a_block_that_is_there_keeps_its_weights() -> None:
     assert made.blocks[0] is first
     assert [len(c) for c in made.block_classes] == [2, 1, 1]
     assert made(torch.randn(2, 6)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_structure_says_which_kind_of_head_it_is(kind: str) -> None:
+    """`head: auto` is decided by the stream; to predict there is one without samples, which may decide otherwise."""
+    made = Head(6, "multi" if kind != "multi" else "shared")
+    made.restore_structure(head(kind).structure())
+    assert made.kind == kind

@@ -65,15 +65,42 @@ def test_no_global_state_is_touched():
 
 def test_the_timeline_has_a_bar_per_state_of_each_expert():
     lives = [
-        ExpertLife("b0", 0, 0, 0, None, {0: 0.5}),
-        ExpertLife("b0", 1, 1, None, None, {1: 1.0, 0: 0.001}),
-        ExpertLife("b1", 7, 0, None, 1),
+        ExpertLife("b0", 0, 0, frozen=((1, None),), used={0: 0.5}),
+        ExpertLife("b0", 1, 1, used={1: 1.0, 0: 0.001}),
+        ExpertLife("b1", 7, 0, ended=2, how="removed"),
     ]
     ax = figures.expert_timeline(lives, ["x", "y", "z"]).axes[0]
     bars = [(p.get_x(), p.get_width()) for p in ax.patches if isinstance(p, Rectangle)]
     assert bars == [(0, 1), (1, 2), (1, 2), (0, 2)]
     assert len(ax.collections) == 2  # shares near nothing are no use
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b0 · 0", "b0 · 1", "b1 · 7"]
+
+
+def test_the_timeline_shows_how_experts_came_thawed_and_went():
+    lives = [
+        ExpertLife("b", 0, 1, "upcycled", ended=3, how="merged", into=2),
+        ExpertLife("b", 1, 0, frozen=((1, 2), (3, None)), ended=3, how="merged", into=2),
+        ExpertLife("b", 2, 3),  # after the last of three experiences
+        ExpertLife("b", 3, 0, frozen=((1, 2),), ended=2, how="collapsed"),
+    ]
+    assert lives[0].bars(3) == [(1, 2, False)]
+    assert lives[1].bars(3) == [(0, 1, False), (1, 1, True), (2, 1, False)]
+    assert lives[1].bars(5) == [(0, 1, False), (1, 1, True), (2, 1, False)]  # it ended before
+    assert [begin for begin, _, _ in lives[2].bars(3)] == [3]
+    assert lives[2].bars(3)[0][1] > 0
+    assert lives[3].bars(3) == [(0, 1, False), (1, 1, True)]
+    figure = figures.expert_timeline(lives, ["x", "y", "z"])
+    ax = figure.axes[0]
+    ends = [
+        (line.get_marker(), float(np.asarray(line.get_xdata())[0])) for line in ax.lines if line.get_marker() != "None"
+    ]
+    assert sorted(ends) == [("4", 3.0), ("4", 3.0), ("D", 1.0), ("s", 2.0)]
+    joined = [list(np.asarray(line.get_ydata())) for line in ax.lines if list(np.asarray(line.get_xdata())) == [3, 3]]
+    assert [0.0, 2.0] in joined
+    assert [1.0, 2.0] in joined
+    said = {t.get_text() for legend in figure.legends for t in legend.get_texts()}
+    assert {"merged", "collapsed", "from a dense network"} <= said
+    assert png(figure)
 
 
 def test_router_load_shows_shares_in_percent():

@@ -49,7 +49,8 @@ def test_everything_has_its_place(location):
     layout.log_model(t, 100, 50, 2)
     pictures = layout.log_matrices(t, made, "run-a")
     layout.log_metrics_table(t, compute(made))
-    lives = [ExpertLife("block", e, e, e if e < 2 else None, None, {e: 1.0}) for e in range(3)]
+    frozen = [((1, None),), ((2, None),), ()]
+    lives = [ExpertLife("block", e, e, frozen=frozen[e], used={e: 1.0}) for e in range(3)]
     pictures += layout.log_experts(t, lives, [RouterLoad("block", (0, 1, 2), np.eye(3))], NAMES, "run-a")
     assert t.finish("FINISHED")
 

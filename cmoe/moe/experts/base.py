@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, ValuesView
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmoe.moe.dispatch import Block, choose, working_dtype
+from cmoe.moe.gather import gathered_linear
 from cmoe.moe.grouped import Rows, grouped_linear
 
 LinearMap = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -20,19 +22,26 @@ Init = Literal["uniform", "xavier", "normal"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
     "tanh": torch.tanh,
     "none": lambda x: x,
 }
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One expert: x (N, I), weight (I, O), bias (O,) or (1, O)."""
+    """One expert: x (N, ..., I), weight (I, O), bias (O,) or (1, O)."""
+    if x.dim() > 2:
+        return dense_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
 def batched_linear(x_ECI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Padded experts: x (E, C, I), weight (E, I, O), bias (E, O)."""
+    """Padded experts: x (E, C, ..., I), weight (E, I, O), bias (E, O)."""
+    if x_ECI.dim() > 3:
+        return batched_linear(x_ECI.flatten(1, -2), weight, bias).unflatten(1, x_ECI.shape[1:-1])
     return torch.bmm(x_ECI, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x_ECI, weight)
 
 
@@ -40,7 +49,12 @@ class Expert(nn.Module):
     """A cohort: `n` experts of one kind that were added together; every parameter has one row per expert.
 
     A kind defines `stacked` and `compute`; `compute` is written once with an abstract linear map and runs on one
-    expert, on padded blocks and on sorted rows alike.
+    expert, on padded blocks and on sorted rows alike. A kind that works on tokens works on every place of a larger unit.
+
+    Attributes:
+        inner: dimensions of the unit it needs, before D: 0 a token, 1 a sequence (L, D), 2 a map (H, W, D).
+        widens: whether two side by side, added up, are one of twice the hidden units.
+        paths: ways of `cmoe.moe.dispatch` that can run it.
 
     Args:
         n: experts in the cohort.
@@ -50,9 +64,9 @@ class Expert(nn.Module):
     """
 
     supplied: ClassVar[tuple[str, ...]] = ("n", "dim", "hidden", "out_dim")
-    inner: ClassVar[int] = (
-        0  # dimensions of a unit before D: 0 for tokens, 1 for sequences (L, D), 2 for maps (H, W, D)
-    )
+    inner: ClassVar[int] = 0
+    widens: bool = False
+    paths: ClassVar[tuple[str, ...]] = ("grouped", "loop", "bmm", "dense")
 
     def __init__(self, n: int, dim: int, hidden: int | None, out_dim: int) -> None:
         super().__init__()
@@ -65,6 +79,14 @@ class Expert(nn.Module):
     def compute(self, x: Tensor, linear: LinearMap, *parameters: Tensor | None) -> Tensor:
         """The expert as a formula of x (..., D) and its parameters; `linear(x, weight, bias)` does the products."""
         raise NotImplementedError(f"{type(self).__name__} must define compute(x, linear, *parameters)")
+
+    def units(self) -> dict[str, tuple[int, int]]:
+        """Where hidden units lie, for those kinds whose function is the same in any order of them.
+
+        Parameter name -> the axis of one expert's row along which they lie, and how many times one after the other (2 for
+        a gate beside its values). Without any, experts are merged as their units stand.
+        """
+        return {}
 
     def reset_parameters(self) -> None:
         """Draw initial values."""
@@ -98,27 +120,34 @@ class Expert(nn.Module):
                 return self.padded(x_ND, counts)
         else:
             path = choose(self, None, x_ND, path)
-        rows = Rows(counts, block.ends, x_ND.shape[0], x_ND.device, path)
+        return self.on_rows(x_ND, Rows(counts, block.ends, x_ND.shape[0], x_ND.device, path), self.stacked())
+
+    def on_rows(self, x_ND: Tensor, rows: Rows, stacked: Sequence[Tensor | None]) -> Tensor:
+        """Rows that are sorted by expert, through parameters like this cohort's."""
         dtype = working_dtype(x_ND)  # neither grouped_mm nor a backward pass of our own is cast by autocast
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return grouped_linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), rows)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            if rows.way == "gather":
+                return gathered_linear(x.to(dtype), weight, bias, rows.expert_N)
+            if x.dim() == 2:
+                return grouped_linear(x.to(dtype), weight, bias, rows)
+            places = rows.times(math.prod(x.shape[1:-1]))
+            return grouped_linear(x.flatten(0, -2).to(dtype), weight, bias, places).unflatten(0, x.shape[:-1])
 
-        return self.compute(x_ND, linear, *self.stacked())
+        return self.compute(x_ND, linear, *stacked)
 
     def padded(self, x_ND: Tensor, counts: Sequence[int]) -> Tensor:
         """Sorted rows by one batched product over blocks of the fullest expert's size."""
         n, width = len(counts), max(counts)
         if min(counts) == width:  # balanced: nothing to pad
-            blocks = self.compute(x_ND.view(n, width, x_ND.shape[1]), batched_linear, *self.stacked())
-            return blocks.reshape(n * width, blocks.shape[2])
+            return self.blocks(x_ND.unflatten(0, (n, width))).flatten(0, 1)
         starts = [0, *accumulate(counts)]
         shift = torch.tensor([e * width - starts[e] for e in range(n)], dtype=torch.int64, device=x_ND.device)
         rows = Rows(counts, None, x_ND.shape[0], x_ND.device, "bmm")
         slots_N = torch.arange(x_ND.shape[0], device=x_ND.device) + shift.index_select(0, rows.expert_N)
-        padded = x_ND.new_zeros(n * width, x_ND.shape[1]).index_copy(0, slots_N, x_ND).view(n, width, x_ND.shape[1])
-        blocks = self.compute(padded, batched_linear, *self.stacked())
-        return blocks.reshape(n * width, blocks.shape[2]).index_select(0, slots_N)
+        padded = x_ND.new_zeros(n * width, *x_ND.shape[1:]).index_copy(0, slots_N, x_ND).unflatten(0, (n, width))
+        return self.blocks(padded).flatten(0, 1).index_select(0, slots_N)
 
     def every(self, x_TD: Tensor) -> Tensor:
         """Every token through every expert, (E, T, O)."""
@@ -144,7 +173,7 @@ class Expert(nn.Module):
         return self.compute(x_ND, dense_linear, *parameters)
 
     def flops_per_token(self) -> int:
-        """Floating point operations of one expert on one token, matrix products only."""
+        """Floating point operations of one expert on one token or place of a unit, matrix products only."""
         return sum(2 * p.shape[1] * p.shape[2] for p in self.stacked() if p is not None and p.dim() == 3)
 
     def extra_repr(self) -> str:
@@ -162,13 +191,16 @@ class Cohorts(nn.ModuleDict):
 
 
 @torch.no_grad()
-def init_linear(weight: Tensor, bias: Tensor | None, init: str) -> None:
+def init_linear(
+    weight: Tensor, bias: Tensor | None, init: str, fan_in: int | None = None, fan_out: int | None = None
+) -> None:
     """Initial values of stacked linear maps, each expert as a layer of its own: weight (E, I, O), bias (E, O).
 
     'uniform' is `nn.Linear`'s own (U(±1/√I) for both), 'xavier' Glorot's uniform with zero bias, 'normal' N(0, 0.02)
-    with zero bias.
+    with zero bias. For other shapes say the inputs and outputs of a unit.
     """
-    fan_in, fan_out = weight.shape[1:]
+    fan_in = weight.shape[1] if fan_in is None else fan_in
+    fan_out = weight.shape[2] if fan_out is None else fan_out
     if init == "uniform":
         bound = 1.0 / math.sqrt(fan_in) if fan_in else 0.0
         weight.uniform_(-bound, bound)

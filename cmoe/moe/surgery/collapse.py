@@ -61,6 +61,8 @@ def collapse(
     if how == "distil" and run is None:
         raise ValueError("collapse: distil needs run, a function that calls the model on some inputs")
     root, known = home(model), layers(model)
+    heads = [name for name, layer in known.items() if type(layer).forward is not MoELayer.forward]
+    known = {name: layer for name, layer in known.items() if name not in heads}
     wanted = list(known) if where == "all" else [where] if isinstance(where, str) else list(where)
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"collapse: where: expected layers among {list(known)}, got {unknown[0]!r}")
@@ -173,6 +175,7 @@ def distil(
     def error(x: Tensor, y: Tensor) -> Tensor:
         return (expert.single(x, 0) - y).square().sum() / y.square().sum().clamp(min=1e-30)
 
+    expert.eval()  # without dropout: the layer was observed without, too
     with torch.no_grad():
         before = float(error(tokens, target))
         start = [p.detach().clone() for p in expert.parameters()]

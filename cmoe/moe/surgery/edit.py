@@ -180,7 +180,8 @@ def _pair(layer: MoELayer, which: str, seen: Seen | None) -> list[int] | None:
     groups = [ids for ids in by_kind.values() if len(ids) > 1]
     if not groups:
         return None
-    if which == "alike" and seen is not None and len(seen.tokens):
+    works_alone = type(layer).forward is MoELayer.forward  # a head of attention gives nothing for a token by itself
+    if which == "alike" and seen is not None and len(seen.tokens) and works_alone:
         return min((_nearest_outputs(layer, ids, seen) for ids in groups), key=lambda found: found[0])[1]
     sign = -1 if which == "used" else 1
     ranked = [sorted(ids, key=lambda e: (sign * layer.usage.get(e, 0), e))[:2] for ids in groups]

@@ -20,7 +20,7 @@ Routers = Callable[[Mapping[str, Any]], Spec]
 def replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module wherever another one is."""
     for module in list(root.modules()):
-        for key, child in list(module.named_children()):
+        for key, child in list(module._modules.items()):  # `named_children` names each but once
             if child is old:
                 setattr(module, key, new)
 

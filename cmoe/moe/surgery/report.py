@@ -52,8 +52,8 @@ class Surgery:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def note(self, kind: str, layer: str, experts: Iterable[int], into: int | None = None) -> None:
-        """Add an event, unless it is about no expert."""
-        if ids := tuple(experts):
+        """Add an event with ids in order, unless it is about no expert."""
+        if ids := tuple(sorted(experts)):
             self.events.append(Event(kind, layer, ids, into))
 
     def __add__(self, later: Surgery) -> Surgery:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-TRAINED, FROZEN = "#0072B2", "#BBD6E8"
+TRAINED, FROZEN, GONE = "#0072B2", "#BBD6E8", "#D55E00"
+SHORT = 0.35  # width of the bar of an expert that came after the last experience
+ENDS = {"removed": "x", "merged": "4", "collapsed": "s"}  # markers
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,46 @@ class RouterLoad:
 
 @dataclass(frozen=True)
 class ExpertLife:
-    """What became of one expert.
+    """What became of one expert. Times are experiences before whose training it happened; their number is the end.
 
     Attributes:
         layer: name of its layer.
         expert: stable id.
-        added: experience before whose training it was added (0: there from the start).
-        frozen: experience after whose training it was frozen; None if it never was.
-        removed: experience after whose training it was removed; None if it is there.
+        added: when it came (0: there from the start).
+        origin: 'added', or 'upcycled' as a copy of a dense network.
+        frozen: from when until when it was frozen; None is until the end.
+        ended: when it went; None if it is there.
+        how: it was 'removed', 'merged' with others, or 'collapsed' with its layer into a dense network.
+        into: the expert that it was merged into.
+        tasks: task labels that it is assigned to.
         used: share of each experience's test assignments that it gets at the end, by experience.
     """
 
     layer: str
     expert: int
     added: int
-    frozen: int | None = None
-    removed: int | None = None
+    origin: str = "added"
+    frozen: tuple[tuple[int, int | None], ...] = ()
+    ended: int | None = None
+    how: str = ""
+    into: int | None = None
+    tasks: tuple[int, ...] = ()
     used: dict[int, float] = field(default_factory=dict)
+
+    def bars(self, experiences: int) -> list[tuple[float, float, bool]]:
+        """(begin, width, frozen) of each stretch in which it did not change; a short one if all is over when it comes."""
+        end = experiences if self.ended is None else self.ended
+        if self.added >= end:
+            return [(self.added, SHORT, bool(self.frozen))]
+        edges = [(self.added, False)]
+        for begin, until in self.frozen:
+            edges += [(max(begin, self.added), True), (end if until is None else until, False)]
+        stops = [*(when for when, _ in edges[1:]), end]
+        found = [
+            (float(begin), float(min(stop, end) - begin), cold)
+            for (begin, cold), stop in zip(edges, stops, strict=True)
+        ]
+        return [(begin, width, cold) for begin, width, cold in found if width > 0]
 
 
 def router_load(loads: Sequence[RouterLoad], names: Sequence[str], sub: str = "") -> Figure:
@@ -101,9 +126,10 @@ def router_load(loads: Sequence[RouterLoad], names: Sequence[str], sub: str = ""
 
 
 def expert_timeline(lives: Sequence[ExpertLife], names: Sequence[str], sub: str = "") -> Figure:
-    """A bar per expert from the experience it was added with: dark while trained, pale when frozen.
+    """A bar per expert from the experience it was added with: dark while trained, pale while frozen.
 
-    A dot in an experience's column says that the finished model uses the expert for it; its area is the share.
+    A dot in an experience's column says that the finished model uses the expert for it; its area is the share. Where an
+    expert was merged a line leads to the one that it became.
     """
     assert lives, "no experts"
     layers = list(dict.fromkeys(life.layer for life in lives))
@@ -111,18 +137,18 @@ def expert_timeline(lives: Sequence[ExpertLife], names: Sequence[str], sub: str 
     T = len(names)
     figure = canvas(max(6.4, 2.8 + 0.75 * T), 1.9 + 0.27 * len(ordered) + 0.1 * len(layers))
     ax = axes(figure)
-    position, labels, places = 0.0, [], []
+    position, labels, places, rows = 0.0, [], [], {}
     for k, life in enumerate(ordered):
         if k and ordered[k - 1].layer != life.layer:
             position += 0.6
             ax.axhline(position - 0.8, color=FAINT, linewidth=0.8)
-        end = T if life.removed is None else life.removed + 1
-        until = end if life.frozen is None else min(life.frozen + 1, end)
-        ax.barh(position, until - life.added, left=life.added, height=0.72, color=TRAINED)
-        if until < end:
-            ax.barh(position, end - until, left=until, height=0.72, color=FROZEN)
-        if life.removed is not None:
-            ax.plot([end], [position], "x", color="#D55E00", markersize=7, markeredgewidth=2)
+        for begin, width, cold in life.bars(T):
+            ax.barh(position, width, left=begin, height=0.72, color=FROZEN if cold else TRAINED)
+        if life.origin == "upcycled":
+            ax.plot([life.added], [position], "D", color="#009E73", markersize=6, clip_on=False, zorder=4)
+        if life.ended is not None:
+            ax.plot([life.ended], [position], ENDS[life.how], color=GONE, markersize=7, markeredgewidth=2, zorder=4)
+        rows[life.layer, life.expert] = position
         for j, share in life.used.items():
             if share > 0.005:
                 ax.scatter(
@@ -137,9 +163,13 @@ def expert_timeline(lives: Sequence[ExpertLife], names: Sequence[str], sub: str 
         labels.append(f"{life.layer} · {life.expert}" if len(layers) > 1 else str(life.expert))
         places.append(position)
         position += 1.0
+    for life in ordered:
+        if life.into is not None and (life.layer, life.into) in rows and life.ended is not None:
+            both = (rows[life.layer, life.expert], rows[life.layer, life.into])
+            ax.plot([life.ended] * 2, both, color=GONE, linewidth=1.2, zorder=3)
     ax.set_yticks(places, labels)
     ax.set_ylim(position - 0.3, -0.7)
-    ax.set_xlim(0, T)
+    ax.set_xlim(0, T + (SHORT + 0.1) * any(life.added >= T for life in lives))
     ax.set_xticks(np.arange(T) + 0.5, [f"{j}: {short(names[j], 12)}" for j in range(T)], rotation=35, ha="right")
     for j in range(1, T):
         ax.axvline(j, color="white", linewidth=1.0, zorder=2)
@@ -151,8 +181,10 @@ def expert_timeline(lives: Sequence[ExpertLife], names: Sequence[str], sub: str 
     used = "used for the experience (area: share)"
     handles: list[Artist] = [Patch(color=TRAINED, label="trained"), Patch(color=FROZEN, label="frozen")]
     handles.append(Line2D([], [], marker="o", ls="", color="#E69F00", markeredgecolor="white", ms=8, label=used))
-    if any(life.removed is not None for life in ordered):
-        handles.append(Line2D([], [], marker="x", ls="", color="#D55E00", markeredgewidth=2, label="removed"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5)
+    if any(life.origin == "upcycled" for life in ordered):
+        handles.append(Line2D([], [], marker="D", ls="", color="#009E73", label="from a dense network"))
+    ends = dict.fromkeys(life.how for life in ordered if life.how)
+    handles += [Line2D([], [], marker=ENDS[how], ls="", color=GONE, markeredgewidth=2, label=how) for how in ends]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8.5)
     title(ax, "The life of the experts", sub)
     return figure

@@ -13,7 +13,21 @@ Selection = tuple[Tensor, Tensor | None]  # columns_TK, absent_TK (bool, True: n
 
 def top_k(scores_TE: Tensor, k: int) -> Selection:
     """The k highest, all of them when there are fewer."""
-    return scores_TE.topk(min(k, scores_TE.shape[1]), dim=-1).indices, None
+    n = scores_TE.shape[1]
+    if scores_TE.device.type == "cpu" and (k, n) != (1, 0) and (k == 1 or (k == 2 and 2 < n <= 128)):
+        return _one_by_one(scores_TE, k), None
+    return scores_TE.topk(min(k, n), dim=-1).indices, None
+
+
+def _one_by_one(scores_TE: Tensor, k: int) -> Tensor:
+    """The best one or two of several: maxima are vectorised on CPU, `topk` is not."""
+    first_T1 = scores_TE.max(1, keepdim=True).indices
+    if k == 1:
+        return first_T1
+    second_T1 = scores_TE.detach().scatter(1, first_T1, -math.inf).max(1, keepdim=True).indices
+    # where all others are -inf already, the first would be found again
+    second_T1 = torch.where(second_T1 == first_T1, (first_T1 + 1) % scores_TE.shape[1], second_T1)
+    return torch.cat([first_T1, second_T1], 1)
 
 
 def everyone(scores_TE: Tensor) -> Selection:
