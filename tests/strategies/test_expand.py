@@ -171,8 +171,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"head": "shared"}}, "head"),
     ({"strategy": {"name": "expand", "isolate": True}, "model": {"moe": LEARNED}}, "'topk'"),
     ({"strategy": {"name": "expand", "init": "zero"}}, "expand.init: zero is not possible"),
-    ({"strategy": ["separate", "expand"]}, "separate: beside 'expand'"),
-    ({"strategy": ["expand", {"name": "cumulative", "restart": True}]}, "restart beside 'expand'"),
+    ({"strategy": ["separate", "expand"]}, "no 'separate' beside 'expand'"),
+    ({"strategy": ["expand", {"name": "cumulative", "restart": True}]}, "false beside 'expand'"),
 ]
 
 

@@ -101,8 +101,7 @@ def router_entropy(routing: Routing) -> float | None:
 def flops_per_token(layer: MoELayer) -> int:
     """Floating point operations of a forward pass on one token: matrix products of the router, of what works on every
     token, and of its experts; among experts of different sizes the largest."""
-    one = max(cohort.flops_per_token() for cohort in layer.cohorts.values())
-    return _for_every_token(layer) + one * layer.router.experts_per_token(layer.view)
+    return layer.flops_per_token()
 
 
 def active_flops(layer: MoELayer, load: Mapping[int, int], tokens: int) -> float:
@@ -116,14 +115,4 @@ def active_flops(layer: MoELayer, load: Mapping[int, int], tokens: int) -> float
     if not tokens:
         return float("nan")
     done = sum(n * layer.cohorts[layer.view.where[e][0]].flops_per_token() for e, n in load.items())
-    return _for_every_token(layer) + done / tokens
-
-
-def _for_every_token(layer: MoELayer) -> int:
-    total = sum(2 * p.numel() for p in layer.router.parameters())
-    shared, base = getattr(layer, "shared", None), getattr(layer, "base", None)
-    if shared is not None:
-        total += shared.n * shared.flops_per_token()
-    if base is not None:  # any module: its matrices, as if each were used once
-        total += sum(2 * p.numel() for p in base.parameters() if p.dim() > 1)
-    return total
+    return layer.flops_for_all() + done / tokens
