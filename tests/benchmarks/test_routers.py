@@ -97,7 +97,9 @@ def test_the_page_has_a_place_for_everything(program, document, tmp_path):
     found = document("topk", "dense", "hash")["streams"]
     (tmp_path / "images").mkdir()
     page = tmp_path / "routers.md"
-    page.write_text("before\n<!-- about -->\nobsolete\n<!-- end -->\n<!-- table vision -->\nobsolete\n<!-- end -->\nafter\n")
+    page.write_text(
+        "before\n<!-- about -->\nobsolete\n<!-- end -->\n<!-- table vision -->\nobsolete\n<!-- end -->\nafter\n"
+    )
     bench.write(tmp_path, found, "a machine.")
     text = page.read_text()
     assert "obsolete" not in text
