@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmoe import checkpoint
+from cmoe.backbones.byte_lm import PADDING
 from cmoe.errors import UserError
 from cmoe.moe import MoELayer
 from cmoe.moe.surgery import Dense
@@ -42,7 +43,8 @@ def logits(of: Session) -> Tensor:
         x = x[:, :-1] if of.stream.language else x
         found = of.model(x, of.context.route(0)).logits
     of.model.train()
-    return found
+    # behind the end of a text a dense network computes something, a layer of experts nothing; nobody reads it
+    return found[x != PADDING] if of.stream.language else found
 
 
 def test_pruning_keeps_the_most_used(tmp_path: Path) -> None:
@@ -113,10 +115,6 @@ def test_parks_rule_replaces_the_least_used_by_the_mean_of_the_two_most_used(tmp
 def test_an_upcycled_model_computes_the_same_at_that_moment(tmp_path: Path, world: str, split: bool) -> None:
     if split and world == "mlp":
         pytest.skip("its hidden layers have no hidden units of their own")
-    if world == "byte_lm":
-        pytest.xfail(
-            "open: part of the logits differ here, and it is not known yet whether in the model or in this test"
-        )
     spec = {"name": "upcycle", "experts": 2, "split": split}
     of = opened(tmp_path, *EVERY[world], {"strategy": spec, "trainer": {"precision": "64-true"}})
     begin(of, of.segments[0])
