@@ -591,7 +591,6 @@ def draw(document: Mapping[str, Any]) -> bytes:
         for r in rows:
             control = r["router"] in CONTROLS
             colour = style.colour(5 if r["router"] == REFERENCE else 2 if control else 0)
-            ax.errorbar(r["step_ratio"], r["accuracy"], r["accuracy_std"], color=colour, alpha=0.25, linewidth=1)
             ax.plot(r["step_ratio"], r["accuracy"], "s" if control else "o", color=colour, markersize=5)
         ax.set_xscale("log")
         low, high = min(x) / 1.3, max(x) * 1.3
@@ -603,7 +602,12 @@ def draw(document: Mapping[str, Any]) -> bytes:
         ax.set_ylim(min(y) - margin, max(y) + margin)
         ax.set_xlabel("training step, times that of topk")
         ax.set_ylabel("accuracy at the end, %")
-        style.title(ax, of["title"], "bars: standard deviation over seeds; orange: topk; green: dense networks")
+        noise = ""
+        if of["spread"]:  # one bar for all: a bar for each would hide the names
+            half = of["spread"]["noise"] / rows[0]["seeds"] ** 0.5
+            ax.errorbar(high / 1.1, max(y) - half, half, color=style.INK, linewidth=1.2, capsize=4)
+            noise = "bar: noise of a mean, ± one standard deviation; "
+        style.title(ax, of["title"], f"{noise}orange: topk; green: dense networks")
         panels.append((ax, [r["router"] for r in rows], x, y))
     figure.canvas.draw()  # now it is known where everything is
     for ax, names, x, y in panels:
