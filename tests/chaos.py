@@ -160,6 +160,11 @@ SCENARIOS: dict[str, Scenario] = {
         _over(DIGITS, stream={"name": "split_digits", "limit": 2}, strategy=["expand", BUFFER], model={"moe": NOISY}),
         extended=True,
     ),
+    "experts from a dense model, merged, pruned and unmade": Scenario(_over(
+        DIGITS, model={"dropout": 0.1}, optimizer={"name": "adam", "lr": 0.003, "reset": "never"}, strategy=[
+            {"name": "upcycle", "experts": 2, "noise": 0.1}, {"name": "expand", "init": "nearest", "samples": 40},
+            {"name": "merge_experts", "experts": 3}, {"name": "prune", "keep": 2, "assigned": True},
+            {"name": "collapse", "after": 4, "how": "distil", "steps": 5}])),
     "native Avalanche": Scenario(_over(
         DIGITS, strategy={"name": "avalanche", "strategy": "Replay", "options": {"mem_size": 60}},
         stream={"name": "split_digits", "limit": 2})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,18 @@ def equal(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a} {b}"]
 
 
+def points(run: RunFolder) -> list[tuple[int, str, float]]:
+    """What was logged, in order, but for wall-clock times."""
+    entries = [json.loads(line) for line in run.wal.read_text().splitlines()]
+    return [
+        (e["step"], name, value)
+        for e in entries
+        if e["kind"] == "metric"
+        for name, value in e["values"].items()
+        if not name.startswith("time/")
+    ]
+
+
 def begin(name: str, root: Path, stop_after: int | None) -> RunFolder:
     plan, catalogue = api.plan_of({**BASE, **RUNS[name]}, [f"tracking.root={root}"])
     folder = api.new_run(plan)
@@ -106,6 +119,7 @@ def test_a_stopped_run_ends_the_same(name: str, tmp_path: Path) -> None:
     assert second is not None
     assert [d for key in first if key not in EXCEPT for d in equal(first[key], second[key], key)] == []
     assert whole.facts()["metrics"] == cut.facts()["metrics"]
+    assert points(whole) == points(cut)
     for folder in ("rows", "figures"):
         for path in (whole.path / folder).glob("*"):
             assert path.read_bytes() == (cut.path / folder / path.name).read_bytes(), path.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -79,3 +79,9 @@ class Collapse(Strategy):
         if not self.errors:
             return {}
         return {"experts/distillation_error": sum(self.errors.values()) / len(self.errors)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"errors": self.errors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.errors = dict(state["errors"])
