@@ -84,6 +84,19 @@ def test_each_operation_acts_on_every_layer_and_says_what_it_did():
     assert [e.kind for e in total.events] == ["frozen", "frozen", "thawed", "thawed"]
 
 
+def test_what_frozen_experts_merge_into_is_reported_frozen():
+    model = two()
+    surgery.freeze(model, {"first": [0, 1, 2]})
+    done = surgery.merge(model, {"first": [0, 1], "second": [0, 1]})
+    assert [(e.kind, e.layer, e.experts) for e in done.events] == [
+        ("merged", "first", (0, 1)),
+        ("added", "first", (4,)),
+        ("frozen", "first", (4,)),
+        ("merged", "second", (0, 1)),
+        ("added", "second", (4,)),
+    ]
+
+
 @pytest.mark.parametrize("pairs", ["unused", "used", "alike"])
 @pytest.mark.parametrize("until", [1, 3, 9])
 def test_pairs_are_merged_until_few_enough_are_left(pairs, until):

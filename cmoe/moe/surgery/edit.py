@@ -170,6 +170,7 @@ def _merge(done: Surgery, name: str, layer: MoELayer, ids: list[int], weights: W
     done.new.setdefault(name, []).append(new)
     done.note("merged", name, ids, new)
     done.note("added", name, [new])
+    done.note("frozen", name, {new} & layer.frozen_ids)  # as all of them were
 
 
 def _pair(layer: MoELayer, which: str, seen: Seen | None) -> list[int] | None:

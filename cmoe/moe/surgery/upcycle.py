@@ -45,7 +45,7 @@ def dense_networks(model: nn.Module) -> dict[str, Form]:
             if name not in places or _inside(root, name):
                 continue
             activation = places[name]
-            form = _form(module) if activation is None else linear_form(module, activation)  # ty: ignore[invalid-argument-type]
+            form = _form(module) if activation is None else linear_form(module, activation)
             if form is not None:
                 found[name] = form
         return found
