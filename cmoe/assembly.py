@@ -14,6 +14,8 @@ from cmoe.config.plan import Plan
 from cmoe.errors import UserError, one_line
 from cmoe.learners import Head, Model
 from cmoe.learners.objective import Classification, Language, Objective
+from cmoe.moe.dispatch import grouped_refusal
+from cmoe.moe.experts import Expert
 from cmoe.plugins import Catalogue
 from cmoe.streams import DataFolder, Stream, open_stream
 from cmoe.streams.join import join
@@ -89,6 +91,7 @@ def make_model(plan: Plan, catalogue: Catalogue, stream: Stream, purpose: str = 
             head.apply(glorot)  # the protocol's initial weights hold for the outputs too
     if experts is not None and backbone.causal:
         _refuse_future(model)
+    _refuse_grouped(model, plan.trainer["precision"])
     return model
 
 
@@ -128,6 +131,18 @@ def _refuse_future(model: Model) -> None:
     for name, layer in model.moe_layers().items():
         if not layer.router.causal:
             raise UserError(f"model.moe.router: expected a causal router in a decoder, {name} has one that looks ahead")
+
+
+def _refuse_grouped(model: Model, precision: str) -> None:
+    """`dispatch: grouped` by name must be able to run every expert, not fail at the first that gets a token."""
+    dtype = {"64-true": torch.float64, "32-true": torch.float32}.get(precision, torch.bfloat16)
+    for name, layer in model.moe_layers().items():
+        for cohort in layer.cohorts.values() if layer.dispatch == "grouped" else ():
+            refusal = grouped_refusal(cohort, dtype)
+            if refusal and type(cohort).work is Expert.work:  # others have no products to group
+                raise UserError(
+                    f"model.moe.dispatch: expected 'auto', 'loop' or 'bmm', as 'grouped' {refusal} ({name})"
+                )
 
 
 def make_objective(plan: Plan, stream: Stream, head: Head) -> Objective:

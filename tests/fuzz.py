@@ -63,7 +63,7 @@ from .drawing import undrawn
 from .drawn_configs import Drawer, Undrawable
 
 PATIENCE = 20  # seconds of computing after which a configuration counts as hanging; most take half a second
-DIGITS = 200  # scikit-learn's, of 1797: strategies that look at every sample look at these
+DIGITS = 120  # scikit-learn's, of 1797: strategies that look at every sample look at these
 KINDS = ("router", "expert", "strategy", "backbone", "task", "optimizer", "scheduler")
 
 # what of a checkpoint must be equal; `wal`, `number`, `seconds` depend on when checkpoints were written

@@ -122,6 +122,8 @@ CONFIGS: dict[str, Case] = {
         "model.moe={expert: {name: conv, kernel: 2}}", "model={name: convnet, patch: 1}", said=("model.moe.expert", "kernel", "odd")),
     "experts of another width": over(
         "model.moe={more: [{expert: copy}]}", said=("model.moe.more.0.expert", "copy", "64", "100")),
+    "grouped products of odd sizes": over(
+        "model={hidden: [6], moe: {dispatch: grouped}}", said=("model.moe.dispatch", "'loop'", "multiples of 16 bytes")),
     "convolutions on tokens": over(
         "model.moe={expert: conv}", said=("model.moe.expert", "tokens", "'conv', on feature maps")),
     "separate networks that expand": over(

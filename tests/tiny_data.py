@@ -50,7 +50,7 @@ def _pictures(root: Path, draw: np.random.Generator) -> None:
 
 def _idx(root: Path, draw: np.random.Generator) -> None:
     root.mkdir(parents=True)
-    for part, count in (("train", 60), ("t10k", 20)):
+    for part, count in (("train", 40), ("t10k", 20)):
         x = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         y = (np.arange(count) % 10).astype(np.uint8)
         for kind, header, content in (

@@ -51,11 +51,12 @@ class ConvNet(Backbone):
             options |= {"patch_size": patch or 2}
             if len(options["depths"]) != 4 or len(options["dims"]) != 4:
                 raise UserError("model.depths, model.dims: expected four numbers each, one a stage")
-            least = 8 * options["patch_size"]  # the stem and three more stages halve the image
-            if min(input_shape[1:]) < least:
+            side, got = min(input_shape[1:]), options["patch_size"]
+            if side < _least(got):
+                most = max((p for p in range(1, side) if _least(p) <= side), default=1)
                 raise UserError(
-                    f"model.patch: expected at most {min(input_shape[1:]) // 8 or 1} for images of {input_shape[1]}x"
-                    f"{input_shape[2]} pixels (8 patches a side), got {options['patch_size']}"
+                    f"model.patch: expected {f'at most {most}' if most < got else most} for images of {input_shape[1]}x"
+                    f"{input_shape[2]} pixels, a patch of {got} takes {_least(got)} a side, got {got}"
                 )
         elif depths or dims or patch:
             raise UserError("model.pretrained: expected depths, dims and patch unset, they belong to the weights")
@@ -97,6 +98,11 @@ class ConvNet(Backbone):
         if block.gamma is not None:
             y = y * block.gamma.reshape(1, -1, 1, 1)
         return block.drop_path(y) + block.shortcut(x)
+
+
+def _least(patch: int) -> int:
+    """The side of the smallest image: three stages halve what the stem leaves, and all four behind a patch of 2."""
+    return patch * (16 if patch == 2 else 8)
 
 
 class _Pointwise(nn.Module):

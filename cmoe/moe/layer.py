@@ -266,8 +266,9 @@ class MoELayer(nn.Module):
                 are always drawn.
             source: id to copy; default is the expert most used in training (the lowest id among equals).
             tasks: task labels that the new experts are assigned to, beside those assigned already.
-            expert: their kind, by name or as a mapping `name:` with options; default is the layer's first.
-            hidden: hidden units of one of them; default is the layer's.
+            expert: their kind, by name or as a mapping `name:` with options; default is that of what they are copies of,
+                else the layer's first.
+            hidden: hidden units of one of them; default likewise.
             sources: ids of those between which to interpolate; default is all of the same kind.
             weights: what each of them counts: 'usage' (tokens worked on while training), numbers, or None (equal).
             align: put hidden units in one order before they are averaged (Ainsworth et al. 2022).
@@ -283,6 +284,10 @@ class MoELayer(nn.Module):
             ValueError: n < 1, an unknown `init` or `source`, or a kind that has no output of 0.
         """
         kind = 0 if expert is None and hidden is None else self.kind_number(expert, hidden)
+        origins = [source] if source is not None else list(sources or ())
+        if expert is None and hidden is None and origins and init in ("copy", "interpolated"):
+            self.check_ids(origins)
+            kind = self.cohort_kinds[self.view.where[origins[0]][0]]
         more: dict[str, Any] = {"sources": sources, "weights": weights, "align": align}
         more |= {"tokens": tokens, "context": context, "noise": noise}
         return lifecycle.add(self, n, init, source, tasks, kind, **more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -35,7 +36,12 @@ class Columns:
         """A tensor that depends on nothing but these columns, made when it is first asked for."""
         found = self._tensors.get((name, device))
         if found is None:
-            found = self._tensors[(name, device)] = make().to(device)
+            if torch.compiler.is_compiling():  # no context of its own within a graph
+                found = make().to(device)
+            else:  # a first asking within inference_mode must not keep later ones from training
+                with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                    found = make().to(device)
+            self._tensors[(name, device)] = found
         return found
 
     def _tensor(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ WRONG: list[tuple[type, dict[str, Any], str, str]] = [
     (ConvNet, {"patch": 1, "model": "convnext_ato", **IMAGE}, "model.model", "did you mean 'convnext_atto'"),
     (ConvNet, {"patch": 1, "model": "resnet18", **IMAGE}, "model.model", "resnet18"),
     (ConvNet, IMAGE, "model.patch", "at most 1 for images of 8x8 pixels"),
+    (ConvNet, {"input_shape": (1, 28, 28)}, "model.patch", "expected 3 for images of 28x28"),
     (ConvNet, {"pretrained": True, "patch": 2, **IMAGE}, "model.pretrained", "unset"),
     (MLP, {"experts": ExpertLayers(2, TaskTable, layers=[2]), **IMAGE}, "model.moe.layers", "from 0 to 1"),
     (MLP, {"experts": ExpertLayers(2, TaskTable, layers=[]), **IMAGE}, "model.moe.layers", "from 0 to 1"),

@@ -85,3 +85,17 @@ def test_any_leading_dimensions(shape):
     assert routing.ids.shape == (int(torch.tensor(shape[:-1]).prod()), 2)
     table = MoELayer(8, 16, 12, router="task_table")
     assert table(torch.randn(shape), RouteContext(task=1))[0].shape == y.shape
+
+
+@pytest.mark.parametrize("router", ["topk", "dselect_k", "per_task", "task_table"])
+def test_a_layer_that_was_evaluated_first_can_train(router):
+    """Index tensors are made when they are first asked for, which may be within inference mode."""
+    options = {"name": "topk", "restrict": "task"} if router == "topk" else router
+    layer = MoELayer(8, hidden=8, experts=3, router=options)
+    layer.assign([0, 2], 0)
+    x, context = torch.randn(6, 8), RouteContext(task=0)
+    with torch.inference_mode():
+        layer.eval()(x, context)
+    y, routing = layer.train()(x, context)
+    (y.sum() + sum(routing.aux.values())).backward()
+    assert any(p.grad is not None for p in layer.cohorts.parameters())

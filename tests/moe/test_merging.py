@@ -138,6 +138,18 @@ def test_copies_are_exact_in_every_type():
         assert all(p.dtype == dtype for p in layer.parameters())
 
 
+@pytest.mark.parametrize("options", [{"init": "copy", "source": 4}, {"init": "interpolated", "sources": [4, 5]}])
+def test_copies_are_of_the_kind_of_what_they_copy(options):
+    layer = make(more=[{"experts": 2, "hidden": 8}])
+    [new] = layer.add_experts(1, weights=None, align=False, **options)
+    assert layer.cohorts[layer.view.where[new][0]].hidden == 8
+    means = {n: (v + weights_of(layer, 5)[n]) / 2 for n, v in weights_of(layer, 4).items()}
+    wanted = weights_of(layer, 4) if options["init"] == "copy" else means
+    assert all(torch.equal(v, wanted[n]) for n, v in weights_of(layer, new).items())
+    with pytest.raises(ValueError, match="same kind, got 4"):
+        layer.add_experts(1, "interpolated", sources=[0, 4])
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -17,12 +17,12 @@ DIM = 8
 class Two(nn.Module):
     """Two layers of experts with what else a model may have."""
 
-    def __init__(self, router="topk", experts=4):
+    def __init__(self, router="topk", experts=4, expert="ffn"):
         super().__init__()
         self.norm = nn.BatchNorm1d(DIM)
-        self.first = MoELayer(DIM, 12, experts=experts, router=router)
+        self.first = MoELayer(DIM, 12, experts=experts, expert=expert, router=router)
         self.drop = nn.Dropout(0.5)
-        self.second = MoELayer(DIM, 12, experts=experts, router=router)
+        self.second = MoELayer(DIM, 12, experts=experts, expert=expert, router=router)
 
     def forward(self, x, context=None):
         h, _ = self.first(self.norm(x), context)
@@ -189,3 +189,9 @@ def test_new_experts_nearest_to_data_are_copies_of_who_gets_it():
 def test_what_cannot_be_done_is_refused(operation, says):
     with pytest.raises(ValueError, match=says):
         operation(two())
+
+
+def test_experts_without_weights_have_nothing_to_learn():
+    model = two(expert="copy")
+    done = surgery.collapse(model, "distil", run=lambda: model(x_of()))
+    assert all(before == after for before, after in done.errors.values())

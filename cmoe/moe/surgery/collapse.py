@@ -175,6 +175,10 @@ def distil(
     def error(x: Tensor, y: Tensor) -> Tensor:
         return (expert.single(x, 0) - y).square().sum() / y.square().sum().clamp(min=1e-30)
 
+    if next(expert.parameters(), None) is None:  # a copy or nothing: there is nothing to teach it
+        with torch.no_grad():
+            unchanged = float(error(tokens, target))
+        return unchanged, unchanged
     expert.eval()  # without dropout: the layer was observed without, too
     with torch.no_grad():
         before = float(error(tokens, target))
