@@ -116,6 +116,12 @@ CONFIGS: dict[str, Case] = {
     "two clippings": over("trainer.clip_norm=1", "trainer.clip_value=1", said=("trainer.clip_value",)),
     "load without noise": over(
         "model.moe={router: {name: topk, load: 0.1}}", said=("command line: model.moe.router.load", "noise: shazeer")),
+    "a loss of task labels that are not given": over(
+        "model.moe={router: {name: topk, mutual_information: 0.1}}", "strategy={name: avalanche, strategy: Naive}", "trainer.max_steps=0",
+        said=("command line: model.moe.router.mutual_information", "expected 0 with 'avalanche'")),
+    "tasks without experts": over(
+        "model.moe={router: {name: task_table, unassigned: error}}", "stream.scenario=task",
+        said=("model.moe.router.unassigned", "'modulo' or 'latest'")),
     "an option of a router": over(
         "model.moe={router: {name: cosine, noise: shazeer}}", said=("model.moe.router", "noise", "'gaussian'")),
     "an option of an expert": over(

@@ -256,6 +256,21 @@ def label_for_router(view: View) -> None:
             )
 
 
+def tasks_before_they_are_learned(view: View) -> None:
+    for key, _ in view.routers():
+        if view.options(key).get("unassigned") == "error":
+            view.refuse(
+                f"{key}.unassigned", "'modulo' or 'latest', as a run evaluates tasks before they are learned", "'error'"
+            )
+
+
+def label_for_loss(view: View) -> None:
+    native = next((n for k, n in view.strategies() if view.attribute(k, "owns_loop", False)), None)
+    for key, _ in view.routers() if native else ():
+        if weight := view.options(key).get("mutual_information"):
+            view.refuse(f"{key}.mutual_information", f"0 with '{native}', whose loop gives no task labels", str(weight))
+
+
 def tokens_for_router(view: View) -> None:
     # a layer itself knows which tokens are of one sequence: those of one sample
     given = {"task", "task_label", "sequence", *view.attribute("model", "gives", ())}
@@ -411,6 +426,8 @@ RULES: tuple[Callable[[View], None], ...] = (
     load_has_noise,
     frozen_beside_new_weights,
     label_for_router,
+    label_for_loss,
+    tasks_before_they_are_learned,
     tokens_for_router,
     label_for_strategy,
     boundaries_for_strategy,

@@ -137,7 +137,8 @@ class Learner(pl.LightningModule):
         if output.routings:
             losses.update(output.auxiliary())
         for more in self._losses:
-            losses.update(more(output, batch))
+            for name, loss in more(output, batch).items():  # two of one name both count
+                losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
     def _clip(self) -> None:

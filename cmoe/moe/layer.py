@@ -204,7 +204,7 @@ class MoELayer(nn.Module):
         each_TKO = each_assignment(x_TD, routing, self.view, self.cohorts, self.dispatch)
         present_TK = routing.ids != NONE
         loss = mutual_distillation_loss(each_TKO.flatten(2), present_TK)
-        routing.aux["distillation"] = self.distillation * loss
+        routing.aux["expert_distillation"] = self.distillation * loss
         columns_N = self.view.to_columns(routing.ids, none=len(self.view)).reshape(-1)
         self._count(torch.bincount(columns_N, minlength=len(self.view) + 1)[:-1].tolist())
         return torch.einsum("tk,tk...->t...", routing.weights.to(each_TKO.dtype), each_TKO)

@@ -172,6 +172,25 @@ def test_a_phase_may_leave_hooks_out_and_have_its_own_loss() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
 
 
+class Named(StepHooks):
+    """A loss under a name that another may have."""
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        return {"twin": output.logits.square().mean()}
+
+
+def test_losses_of_one_name_all_count() -> None:
+    once, twice = model("shared", CLASSES), model("shared", CLASSES)
+    told: dict[str, float] = {}
+    for made, hooks in ((once, [Named()]), (twice, [Named(), Named()])):
+        ours = learner(hooks, made, log=lambda values, step: told.update(values), log_every=1)
+        ours.begin_phase(SGD(lr=0.0).build(made.parameters()), None)
+        ours.step(batches(1)[0])
+        if made is once:
+            single = told["train/loss_twin"]
+    assert told["train/loss_twin"] == pytest.approx(2 * single)
+
+
 class Broken(StepHooks):
     """Makes the loss what it is told, from a step on."""
 

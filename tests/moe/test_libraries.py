@@ -426,12 +426,13 @@ def test_the_weights_of_gshard_are_those_of_nllb():
     torch.testing.assert_close(dense(routing.ids, routing.weights), theirs(x)[1], **EXACT[F32])
 
 
-def test_the_second_expert_of_gshard_is_drawn_as_in_nllb():
-    """With probability 2·g₂, g₂ among all experts; the same random numbers give the same choices."""
-    theirs, layer = top_2("random")
+def test_the_second_expert_of_gshard_is_drawn_by_its_normed_gate():
+    """With probability 2·g₂ where g₁ + g₂ = 1 (Algorithm 1 of the paper); the same random numbers give the same choices."""
+    theirs, layer = top_2("all")
     x = data(F32)[0].view(-1, DIM)
+    gates = theirs(x)[1]  # of both experts, normed
     torch.manual_seed(7)
-    expected = theirs(x)[1] > 0
+    expected = torch.where(gates < gates.amax(1, keepdim=True), 2 * gates > torch.rand(len(x))[:, None], gates > 0)
     torch.manual_seed(7)
     routing = layer.router(x, RouteContext(), layer.view)
     got = dense(routing.ids, routing.weights) > 0

@@ -60,7 +60,7 @@ class Switch(TopK):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class GShard(Scored):
-    """GShard: the best expert and, with probability twice its gate, the second best; gates normed to a sum of 1.
+    """GShard: the best expert and, with probability twice its gate, the second best; the two gates sum to 1.
 
     Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668. Outside training the second always works.
     """
@@ -77,7 +77,7 @@ class GShard(Scored):
         return select.random_second(scores_TE, context.generator, training)
 
     def weigh(self, scores_TE: Tensor, columns_TK: Tensor, absent_TK: Tensor | None, columns: Columns) -> Tensor:
-        # both gates are normed before the second is drawn
+        # the first keeps its normed gate where the second is not drawn
         weights_TK = weigh.softmax_chosen(scores_TE, columns_TK, None)
         return weights_TK if absent_TK is None else weights_TK.masked_fill(absent_TK, 0.0)
 
