@@ -278,7 +278,7 @@ class Session:
         total = self.loader.steps
         constant = plan.scheduler["name"] == "constant"
         rates = None if constant else lambda step: self.scheduler_options.factor(step, total)
-        self.learner.begin_phase(self.optimizer, rates, phase.loss, phase.hooks)
+        self.learner.begin_phase(self.optimizer, rates, phase.loss, phase.hooks, phase.objective)
         if self.position.phase == number:
             assert self.position.loader is not None
             self.loader.load_state_dict(self.position.loader)

@@ -106,6 +106,13 @@ def one_owner_of_predict(view: View) -> None:
         view.refuse(owners[1][0], "one strategy with its own way to predict", names)
 
 
+def one_owner_of_gradients(view: View) -> None:
+    owners = [(k, n) for k, n in view.strategies() if view.attribute(k, "owns_gradients", False)]
+    if len(owners) > 1:
+        names = " and ".join(f"'{n}'" for _, n in owners)
+        view.refuse(owners[1][0], "one strategy with its own rule for gradients", names)
+
+
 def owner_of_loop_alone(view: View) -> None:
     for key, name in view.strategies():
         if view.attribute(key, "owns_loop", False) and len(view.plan.strategy) > 1:
@@ -414,6 +421,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     each_strategy_once,
     one_owner_of_data,
     one_owner_of_predict,
+    one_owner_of_gradients,
     owner_of_loop_alone,
     native_loop_has_no_extras,
     nesterov_has_momentum,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmoe.learners.batch import Batch
-from cmoe.learners.hooks import StepHooks, overridden
+from cmoe.learners.hooks import Forward, StepHooks, overridden
 from cmoe.learners.model import Model, Output
 from cmoe.learners.objective import Objective
 from cmoe.moe import RouteContext
@@ -64,6 +64,7 @@ class Learner(pl.LightningModule):
         rates: Callable[[int], float] | None,
         loss: Callable[[Output, Batch], dict[str, Tensor]] | None = None,
         hooks: bool = True,
+        objective: Callable[[Batch], dict[str, Tensor]] | None = None,
     ) -> None:
         """Set what the steps of the next fit use.
 
@@ -72,15 +73,19 @@ class Learner(pl.LightningModule):
             rates: the learning rate's factor at a step of this phase; None leaves it alone.
             loss: replaces the task's loss in this phase.
             hooks: whether strategies act inside the steps of this phase.
+            objective: losses of a batch that is not put through the model (it trains something else); no strategy acts
+                inside such steps.
         """
-        active = self.hooks if hooks else []
+        active = self.hooks if hooks and objective is None else []
         self.optimizer, self._rates = optimizer, rates
         self._base_rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
         self._extend = overridden(active, "extend_batch")
         self._losses = overridden(active, "losses")
         self._edit = overridden(active, "edit_gradients")
         self._after = overridden(active, "after_step")
+        self._rule = next((h.gradients for h in active if h.owns_gradients), self._plain)
         self._task_loss = loss
+        self._own = objective
         # those of this phase: the gradients of others are neither zeroed nor used, and must not count when clipping
         self._trainable = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
         self.phase_steps = 0
@@ -100,22 +105,25 @@ class Learner(pl.LightningModule):
             self.step(Batch(x, chunk.y[i], task, chunk.ids[i], x.shape[0]))
         self._finite()
 
-    def step(self, batch: Batch) -> Output:
-        """One update of the weights; returns the outputs it was made from."""
+    def step(self, batch: Batch) -> Output | None:
+        """One update of the weights; returns the outputs it was made from, None where the model made none."""
         optimizer = self.optimizer
         assert optimizer is not None
         for extend in self._extend:
             batch = extend(batch)
-        output = self.model(batch.x, RouteContext(task=batch.task, training=True))
-        losses = self._named_losses(output, batch)
-        total = next(iter(losses.values())) if len(losses) == 1 else torch.stack(list(losses.values())).sum()
         if self._rates is not None:
             factor = self._rates(self.phase_steps)
             for group, base in zip(optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base * factor
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self._total = total.detach()
+        if self._own is None:
+            output, losses = self._rule(batch, self._forward)
+            self._total = total_of(losses).detach()
+        else:
+            output, losses = None, self._own(batch)
+            total = total_of(losses)
+            total.backward()
+            self._total = total.detach()
         for edit in self._edit:
             edit()
         if self.clip_norm or self.clip_value:
@@ -128,6 +136,16 @@ class Learner(pl.LightningModule):
         if self.log_every and self.steps % self.log_every == 0:
             self._log(losses)
         return output
+
+    def _plain(self, batch: Batch, forward: Forward) -> tuple[Output, dict[str, Tensor]]:
+        """The gradients of the sum of all losses."""
+        output, losses = forward(batch)
+        total_of(losses).backward()
+        return output, losses
+
+    def _forward(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
+        output = self.model(batch.x, RouteContext(task=batch.task, training=True))
+        return output, self._named_losses(output, batch)
 
     def _named_losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         if self._task_loss is not None:
@@ -163,3 +181,8 @@ class Learner(pl.LightningModule):
         if self.log_losses is not None:
             values = {f"train/loss_{name}": float(v.detach()) for name, v in losses.items()}
             self.log_losses({"train/loss": value, **values}, self.steps)
+
+
+def total_of(losses: dict[str, Tensor]) -> Tensor:
+    """The sum of named losses, each a scalar."""
+    return next(iter(losses.values())) if len(losses) == 1 else torch.stack(list(losses.values())).sum()

@@ -48,6 +48,8 @@ class Phase:
         parameters: what trains; None is everything that requires a gradient.
         loss: replaces the task's loss.
         hooks: whether strategies act inside its steps.
+        objective: losses of a batch that is not put through the model, for a phase that trains something else (a
+            generator, an autoencoder); `parameters` must say what, and no strategy acts inside its steps.
     """
 
     name: str = "train"
@@ -55,6 +57,7 @@ class Phase:
     parameters: Callable[[], Sequence[nn.Parameter]] | None = None
     loss: Callable[[Output, Batch], dict[str, Tensor]] | None = None
     hooks: bool = True
+    objective: Callable[[Batch], dict[str, Tensor]] | None = None
 
 
 @dataclass

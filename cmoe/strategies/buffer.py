@@ -26,6 +26,7 @@ class Buffer:
         self.class_seen: dict[int, int] = {}
         self.filled = 0
         self.x = self.y = self.experience = torch.empty(0)
+        self.extra: dict[str, Tensor] = {}
         self._members: dict[int, list[int]] = {}
         self._class_of: list[int] = []
         self._full: set[int] = set()
@@ -72,7 +73,7 @@ class Buffer:
         members.append(place)
         return place
 
-    def write(self, places: list[int], x: Tensor, y: Tensor, experience: Tensor) -> None:
+    def write(self, places: list[int], x: Tensor, y: Tensor, experience: Tensor, **extra: Tensor) -> None:
         """Put samples into their places; where two share one the later stays.
 
         Args:
@@ -80,6 +81,7 @@ class Buffer:
             x: raw samples (M, ...).
             y: targets (M, ...).
             experience: (M,).
+            extra: what else is kept of each sample (its logits, its score), (M, ...), the same names at each call.
         """
         if self.x.shape[0] == 0:
             self.x = torch.zeros((self.size, *x.shape[1:]), dtype=x.dtype)
@@ -91,19 +93,30 @@ class Buffer:
         self.x.index_copy_(0, to, x.index_select(0, rows))
         self.y.index_copy_(0, to, y.index_select(0, rows))
         self.experience.index_copy_(0, to, experience.index_select(0, rows))
+        for name, values in extra.items():
+            held = self.extra.get(name)
+            if held is None:
+                held = self.extra[name] = torch.zeros((self.size, *values.shape[1:]), dtype=values.dtype)
+            held.index_copy_(0, to, values.index_select(0, rows))
+
+    def pick(self, count: int) -> Tensor:
+        """`count` random places, without replacement; all, in order, when it holds fewer."""
+        if count >= self.filled:
+            return torch.arange(self.filled)
+        return torch.randperm(self.filled, generator=self.generator)[:count]
+
+    def read(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw samples, targets and experiences of places (M,); what else is kept lies in `extra` under the same numbers."""
+        return self.x.index_select(0, places), self.y.index_select(0, places), self.experience.index_select(0, places)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw samples, targets and experiences of `count` random places, without replacement; all when it holds
-        fewer."""
-        if count >= self.filled:
-            rows = torch.arange(self.filled)
-        else:
-            rows = torch.randperm(self.filled, generator=self.generator)[:count]
-        return self.x.index_select(0, rows), self.y.index_select(0, rows), self.experience.index_select(0, rows)
+        """`read` of what `pick` gives."""
+        return self.read(self.pick(count))
 
     def bytes(self) -> int:
         """Memory of the samples held."""
-        return sum(t[: self.filled].numel() * t.element_size() for t in (self.x, self.y, self.experience))
+        held = (self.x, self.y, self.experience, *self.extra.values())
+        return sum(t[: self.filled].numel() * t.element_size() for t in held)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the counters and the generator included."""
@@ -117,6 +130,7 @@ class Buffer:
             "x": self.x,
             "y": self.y,
             "experience": self.experience,
+            "extra": dict(self.extra),
             "generator": self.generator.get_state(),
         }
 
@@ -128,4 +142,5 @@ class Buffer:
         self._class_of = list(state["class_of"])
         self._full = set(state["full"])
         self.x, self.y, self.experience = state["x"], state["y"], state["experience"]
+        self.extra = dict(state["extra"])
         self.generator.set_state(state["generator"])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmoe.learners import Batch, Learner, Model, Output, StepHooks
+from cmoe.learners.hooks import Forward
 from cmoe.learners.objective import Classification
 from cmoe.learners.optimizers import SGD, Adam, AdamW
 from cmoe.learners.schedulers import Constant, Cosine, LinearWarmup, Step
@@ -168,6 +169,43 @@ def test_a_phase_may_leave_hooks_out_and_have_its_own_loss() -> None:
     )
     before = weights(ours)
     ours.step(batches(1)[0])
+    assert log == []
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
+
+
+class Twice(StepHooks):
+    """The gradient of twice the losses, from two passes."""
+
+    owns_gradients = True
+
+    def gradients(self, batch: Batch, forward: Forward) -> tuple[Output, dict[str, Tensor]]:
+        for _ in range(2):
+            output, losses = forward(batch)
+            sum(losses.values(), torch.zeros(())).backward()
+        return output, losses
+
+
+def test_a_strategy_may_have_its_own_rule_for_gradients() -> None:
+    once, twice = model("shared", CLASSES), model("shared", CLASSES)
+    for made, hooks, lr in ((once, [], 0.2), (twice, [Twice()], 0.1)):
+        ours = learner(hooks, made)
+        ours.begin_phase(SGD(lr=lr).build(made.parameters()), None)
+        ours.step(batches(1)[0])
+    for a, b in zip(weights(learner(made=once)), weights(learner(made=twice)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_phase_may_train_something_else() -> None:
+    made, other = model("shared", CLASSES), torch.nn.Linear(3, 1)
+    log: list[str] = []
+    ours = learner([Spy("a", log, made)], made)
+    before = weights(ours)
+    ours.begin_phase(
+        SGD(lr=0.1).build(other.parameters()), None, objective=lambda batch: {"own": (other.bias - 1).square().sum()}
+    )
+    start = other.bias.item()
+    assert ours.step(batches(1)[0]) is None
+    assert other.bias.item() == pytest.approx(start + 0.2 * (1 - start))
     assert log == []
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ours), strict=True))
 

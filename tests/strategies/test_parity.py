@@ -108,11 +108,11 @@ def test_replay_is_avalanches_replay(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(replay, Replay)
     drawn = iter(memory)
 
-    def draw(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def read(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, y = next(drawn)
         return (x * 16).round().to(torch.uint8), y, torch.zeros(len(y), dtype=torch.int64)
 
-    monkeypatch.setattr(replay.buffer, "draw", draw)
+    monkeypatch.setattr(replay.buffer, "read", read)
     next(drawn)  # ours is asked from the second step on; in the first experience theirs is empty
     assert drive(ours, incoming) >= 200
     assert sum(len(y) for _, y in memory) > 1000
