@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import platform
@@ -17,8 +18,18 @@ Pass = Callable[[], Any]
 MIB = 2**20
 
 
-def machine(device: torch.device) -> str:
-    """What the figures were measured on: the processor, its kernels, torch, and the number of threads."""
+def add_malloc(parser: argparse.ArgumentParser) -> None:
+    """The option that says how the process holds memory."""
+    parser.add_argument(
+        "--malloc",
+        choices=("kept", "default"),
+        default="default",
+        help="kept: large blocks stay for the next pass, as in runs of cmoe (cmoe.moe.keep_memory)",
+    )
+
+
+def machine(device: torch.device, malloc: str = "") -> str:
+    """What the figures were measured on: the processor, its kernels, torch, threads, and how memory is held."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
@@ -30,9 +41,8 @@ def machine(device: torch.device) -> str:
         name = named[0] if named else name
     kernels = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return (
-        f"{name} ({kernels}), {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
-    )
+    held = f", memory {malloc}" if malloc else ""
+    return f"{name} ({kernels}), {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}{held}"
 
 
 def synchronise(device: torch.device) -> None:

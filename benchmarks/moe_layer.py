@@ -2,7 +2,7 @@
 
     python benchmarks/moe_layer.py [--json] [--repeats N] [--shapes E,T,D,H,K ...] [--dtypes float32 bfloat16]
                                    [--ffn gelu swiglu] [--paths grouped loop bmm] [--at-most SECONDS]
-                                   [--device cpu|cuda]
+                                   [--device cpu|cuda] [--malloc kept]
 
 Forward and backward of one layer, the gradients of input and weights included, in one process and one thread; the
 contestants alternate and medians are compared. E experts, T tokens, model dimension D, H hidden units, top-K.
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from measure import MIB
 from torch import Tensor, nn
 
-from cmoe.moe import MoELayer
+from cmoe.moe import MoELayer, keep_memory
 
 Output = tuple[Tensor, "Tensor | None"]  # what the next layer gets, and what is added to the loss
 
@@ -500,11 +500,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="seconds for a shape, type and kind of FFN; longer ones are left out",
     )
     parser.add_argument("--patience", type=float, default=3.0, help="x the best of transformers' that is measured on")
+    measure.add_malloc(parser)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU that torch can use")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    if args.malloc == "kept":
+        keep_memory()
     shapes = args.shapes or (GPU_SHAPES if args.device == "cuda" else SHAPES)
     dtypes = args.dtypes or (["bfloat16"] if args.device == "cuda" else ["float32", "bfloat16"])
     rows: list[dict[str, Any]] = []
@@ -516,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 more, further = measured(s, ffn == "swiglu", getattr(torch, dtype), args)
                 rows += more
                 bars += further
-    where = measure.machine(torch.device(args.device))
+    where = measure.machine(torch.device(args.device), args.malloc)
     if args.json:
         print(json.dumps({"machine": where, "repeats": args.repeats, "rows": rows, "bars": bars}, indent=1))
     else:

@@ -32,6 +32,8 @@ import torch
 from moe_layer import Contestant, Shape, balanced, cmoe, our_layer, shape, weights_of
 from torch import Tensor
 
+from cmoe.moe import keep_memory
+
 EXPERTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPE = (2048, 128, 256, 2)
 FROZEN = Shape(256, 2048, 128, 256, 2)
@@ -215,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frozen", type=shape, default=FROZEN, metavar="E,T,D,H,K", help="of the frozen experts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    measure.add_malloc(parser)
     args = parser.parse_args(argv)
     rows_in_all = args.shape[0] * args.shape[3]
     uneven = [n for n in args.experts if n < args.shape[3] or rows_in_all % n]
@@ -224,9 +227,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: there is no GPU that torch can use")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    if args.malloc == "kept":
+        keep_memory()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows, saved = scale(args, dtype, device), frozen(args, dtype, device)
-    where = measure.machine(device)
+    where = measure.machine(device, args.malloc)
     if args.figure is not None:
         t, d, h, k = args.shape
         draw(rows, f"{t} tokens, dimension {d}, {h} hidden units, top-{k}, {args.dtype}\n{where}", args.figure)

@@ -25,8 +25,10 @@ def execute(args: argparse.Namespace, works: Iterable[tuple[RunFolder, str, Work
         RunFailed: one failed; the message says how to resume it.
     """
     from cmoe.cli.console import Console, StopFlag
+    from cmoe.moe import keep_memory
     from cmoe.session import Interrupted
 
+    keep_memory()  # this process is ours
     console, done = Console(), []
     stop = StopFlag(console.line)
     with stop.installed(), console.drawing():

@@ -4,6 +4,7 @@ from cmoe.moe import MoELayer
 """
 
 from cmoe.moe import diagnostics, losses
+from cmoe.moe.allocator import keep_memory
 from cmoe.moe.attention import HeadLayer, MoA, MoH
 from cmoe.moe.depths import Depths, MixtureOfDepths
 from cmoe.moe.experts import EXPERTS, FFN, Expert, Linear
@@ -44,6 +45,7 @@ __all__ = [
     "UniformRouting",
     "carry_state",
     "diagnostics",
+    "keep_memory",
     "losses",
     "migrate_optimizer",
     "passed_on",
