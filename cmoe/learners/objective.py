@@ -66,8 +66,12 @@ class Classification:
         return logits.index_select(1, self._columns), targets.masked_fill(targets < 0, -100)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy, a scalar."""
-        return F.cross_entropy(*self.select(logits, batch))
+        """Mean cross-entropy, a scalar; 0 where no target is among the outputs."""
+        selected, targets = self.select(logits, batch)
+        if self.train_outputs != "current":
+            return F.cross_entropy(selected, targets)
+        total = F.cross_entropy(selected, targets, reduction="sum")  # a batch may be all old, beside 'cumulative'
+        return total / (targets >= 0).sum().clamp(min=1)
 
 
 class Language:
