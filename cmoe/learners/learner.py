@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -55,7 +55,7 @@ class Learner(pl.LightningModule):
         self.optimizer: torch.optim.Optimizer | None = None
         self.hooks = list(hooks)
         self._rates: Callable[[int], float] | None = None
-        self._total = torch.zeros(())
+        self._made: list[Tensor] = [torch.zeros(())]  # losses of the last step
         self.begin_phase(None, None)
 
     def begin_phase(
@@ -83,9 +83,9 @@ class Learner(pl.LightningModule):
         self._losses = overridden(active, "losses")
         self._edit = overridden(active, "edit_gradients")
         self._after = overridden(active, "after_step")
-        self._rule = next((h.gradients for h in active if h.owns_gradients), self._plain)
+        self._gradient_rule = next((h.gradients for h in active if h.owns_gradients), self._sum_rule)
         self._task_loss = loss
-        self._own = objective
+        self._phase_objective = objective
         # those of this phase: the gradients of others are neither zeroed nor used, and must not count when clipping
         self._trainable = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
         self.phase_steps = 0
@@ -116,14 +116,12 @@ class Learner(pl.LightningModule):
             for group, base in zip(optimizer.param_groups, self._base_rates, strict=True):
                 group["lr"] = base * factor
         optimizer.zero_grad(set_to_none=True)
-        if self._own is None:
-            output, losses = self._rule(batch, self._forward)
-            self._total = total_of(losses).detach()
+        if self._phase_objective is None:
+            output, losses = self._gradient_rule(batch, self._forward)
         else:
-            output, losses = None, self._own(batch)
-            total = total_of(losses)
-            total.backward()
-            self._total = total.detach()
+            output, losses = None, self._phase_objective(batch)
+            total_of(losses.values()).backward()
+        self._made = [value.detach() for value in losses.values()]  # added up when somebody asks
         for edit in self._edit:
             edit()
         if self.clip_norm or self.clip_value:
@@ -137,10 +135,10 @@ class Learner(pl.LightningModule):
             self._log(losses)
         return output
 
-    def _plain(self, batch: Batch, forward: Forward) -> tuple[Output, dict[str, Tensor]]:
+    def _sum_rule(self, batch: Batch, forward: Forward) -> tuple[Output, dict[str, Tensor]]:
         """The gradients of the sum of all losses."""
         output, losses = forward(batch)
-        total_of(losses).backward()
+        total_of(losses.values()).backward()
         return output, losses
 
     def _forward(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
@@ -171,7 +169,7 @@ class Learner(pl.LightningModule):
         Raises:
             FloatingPointError: it is not a number, or infinite.
         """
-        value = float(self._total)
+        value = float(total_of(self._made))
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {self.steps}")
         return value
@@ -183,6 +181,7 @@ class Learner(pl.LightningModule):
             self.log_losses({"train/loss": value, **values}, self.steps)
 
 
-def total_of(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of named losses, each a scalar."""
-    return next(iter(losses.values())) if len(losses) == 1 else torch.stack(list(losses.values())).sum()
+def total_of(losses: Iterable[Tensor]) -> Tensor:
+    """The sum of losses, each a scalar."""
+    each = list(losses)
+    return each[0] if len(each) == 1 else torch.stack(each).sum()

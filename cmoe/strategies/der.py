@@ -10,7 +10,7 @@ from torch import Tensor
 from cmoe.config.types import NonNegative, PositiveInt
 from cmoe.learners.batch import Batch
 from cmoe.learners.model import Output
-from cmoe.strategies.recall import compared, mean_loss, recalled_batch, widened
+from cmoe.strategies.recall import compared, recalled_batch, widened
 from cmoe.strategies.rehearsal import Rehearsal
 
 
@@ -56,7 +56,7 @@ class DER(Rehearsal):
         losses = {"der": self.alpha * self._error(logits[:n], first, task[:n])}
         if self.beta:
             second = recalled_batch(x[n:], y[n:], task[n:])
-            losses["replay"] = self.beta * mean_loss(self.context.objective, logits[n:], second)
+            losses["replay"] = self.beta * self.context.objective.loss(logits[n:], second)
         return losses
 
     def _error(self, logits: Tensor, places: Tensor, task: Tensor) -> Tensor:
@@ -74,6 +74,3 @@ class DER(Rehearsal):
         if "logits" in self.buffer.extra:
             self.buffer.extra["logits"] = widened(self.buffer.extra["logits"], width)
         self.keep(batch, logits=logits, outputs=torch.full((batch.incoming,), width))
-
-    def facts(self) -> dict[str, float]:
-        return {"der/samples": float(len(self.buffer)), "der/bytes": float(self.buffer.bytes())}

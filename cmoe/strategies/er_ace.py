@@ -82,9 +82,6 @@ class ERACE(Rehearsal):
         self.met.index_fill_(0, batch.y[: batch.incoming], True)
         self.keep(batch)
 
-    def facts(self) -> dict[str, float]:
-        return {"er_ace/samples": float(len(self.buffer)), "er_ace/bytes": float(self.buffer.bytes())}
-
     def state_dict(self) -> dict[str, Any]:
         return {"buffer": self.buffer.state_dict(), "met": self.met}
 

@@ -11,7 +11,7 @@ from cmoe.errors import UserError
 from cmoe.learners.batch import Batch
 from cmoe.strategies.base import Context, Phase, Segment, Strategy
 from cmoe.strategies.flat import gradient
-from cmoe.strategies.recall import mean_loss, recalled_batch
+from cmoe.strategies.recall import recalled_batch
 
 
 class Memories(Strategy):
@@ -111,7 +111,7 @@ class Memories(Strategy):
         """The gradient of the task's loss on recalled samples by the phase's parameters, (P,)."""
         context = self.context
         output = context.model(batch.x, context.route(batch.task, training=True))
-        return gradient(mean_loss(context.objective, output.logits, batch), self._parameters)
+        return gradient(context.objective.loss(output.logits, batch), self._parameters)
 
     def facts(self) -> dict[str, float]:
         held = sum(t.numel() * t.element_size() for t in self.held.values())

@@ -12,7 +12,7 @@ from cmoe.errors import UserError
 from cmoe.learners.batch import Batch
 from cmoe.learners.model import Output
 from cmoe.strategies.base import Context, Phase, Segment
-from cmoe.strategies.recall import each_loss, mean_loss, recalled_batch
+from cmoe.strategies.recall import each_loss, recalled_batch
 from cmoe.strategies.rehearsal import Rehearsal
 
 
@@ -76,7 +76,7 @@ class MIR(Rehearsal):
         model, parameters = self.context.model, self._parameters
         modes = [(m, m.training) for m in model.modules()]  # 'expand' keeps frozen norms in evaluation mode
         model.eval()  # without dropout, and trials do not count as use of experts
-        loss = mean_loss(self.context.objective, self._logits(batch), batch)
+        loss = self.context.objective.loss(self._logits(batch), batch)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         with torch.no_grad():
             before = self._each(candidates)
@@ -99,6 +99,3 @@ class MIR(Rehearsal):
 
     def after_step(self, batch: Batch, output: Output) -> None:
         self.keep(batch)
-
-    def facts(self) -> dict[str, float]:
-        return {"mir/samples": float(len(self.buffer)), "mir/bytes": float(self.buffer.bytes())}

@@ -22,20 +22,9 @@ def recalled_batch(x: Tensor, y: Tensor, experience: Tensor) -> Batch:
 def each_loss(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
     """The task's loss of each sample, (B,); of a text the sum over its positions."""
     selected, targets = objective.select(logits, batch)
-    losses = F.cross_entropy(selected, targets, ignore_index=_ignored(objective), reduction="none")
+    ignored = PADDING if isinstance(objective, Language) else IGNORED
+    losses = F.cross_entropy(selected, targets, ignore_index=ignored, reduction="none")
     return losses.view(logits.shape[0], -1).sum(1)
-
-
-def mean_loss(objective: Objective, logits: Tensor, batch: Batch) -> Tensor:
-    """The task's loss, a scalar; 0 where no target counts, as that of old classes under `train_outputs: current`."""
-    selected, targets = objective.select(logits, batch)
-    ignored = _ignored(objective)
-    total = F.cross_entropy(selected, targets, ignore_index=ignored, reduction="sum")
-    return total / (targets != ignored).sum().clamp(min=1)
-
-
-def _ignored(objective: Objective) -> int:
-    return PADDING if isinstance(objective, Language) else IGNORED
 
 
 def widened(held: Tensor, width: int) -> Tensor:

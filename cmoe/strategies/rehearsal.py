@@ -17,7 +17,7 @@ class Rehearsal(Strategy):
     """Base of strategies that keep raw samples of the stream and learn from them again.
 
     Attributes:
-        called: its name in a configuration, for errors.
+        called: its name in a configuration, for errors, figures and its own random numbers.
         with_classes: it cannot work on language modelling, whose samples have no class.
         buffer: the samples held.
         draw: how many are recalled at a step.
@@ -43,7 +43,7 @@ class Rehearsal(Strategy):
             raise UserError(f"strategy.{name}: expected a stream with classes, got language modelling")
         self.draw = self.batch or int(context.options["trainer"]["batch_size"])
         self.storage = context.stream.experiences[0].train.x  # one for the whole stream
-        self.buffer = Buffer(self.size, self.policy, torch.Generator().manual_seed(context.seed("replay")))
+        self.buffer = Buffer(self.size, self.policy, torch.Generator().manual_seed(context.seed(self.called)))
 
     def recalled(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets and experiences of the buffer's places (M,), as the model gets them."""
@@ -74,7 +74,7 @@ class Rehearsal(Strategy):
         self.buffer.write([places[r] for r in kept], raw, y.index_select(0, rows), task, **more)
 
     def facts(self) -> dict[str, float]:
-        return {"buffer/samples": float(len(self.buffer)), "buffer/bytes": float(self.buffer.bytes())}
+        return {f"{self.called}/samples": float(len(self.buffer)), f"{self.called}/bytes": float(self.buffer.bytes())}
 
     def state_dict(self) -> dict[str, Any]:
         return self.buffer.state_dict()

@@ -83,6 +83,19 @@ def test_only_allowed_outputs_learn(kind: str, train_outputs: str) -> None:
     assert learns == allowed(kind, train_outputs, made.units, 1)
 
 
+@pytest.mark.parametrize("kind", ["shared", "growing"])
+def test_a_batch_of_old_classes_alone_teaches_nothing(kind: str) -> None:
+    made = head(kind)
+    objective = Classification(made, "current")
+    objective.begin(SEEN, CURRENT)
+    logits = torch.randn(3, len(made), requires_grad=True)
+    loss = objective.loss(logits, batch([7, 2, 7], 0))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
 def test_a_new_segment_begins_anew() -> None:
     made = head("shared")
     objective, logits = Classification(made, "current"), torch.randn(2, 8)

@@ -8,24 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from cmoe.errors import UserError
 from cmoe.learners import Batch
 from cmoe.session import Session
 from cmoe.strategies import AGEM
 
-from .helpers import WORLDS, opened
+from .helpers import opened
 from .stepping import (
-    DOMAIN,
-    EACH,
     EXACT,
-    HEADS,
     enter,
-    goes_on_the_same,
     gradients_of,
     leave,
     take,
     the,
-    two_experiences,
     vector,
     walk,
 )
@@ -94,23 +88,3 @@ def test_nothing_changes_in_the_first_experience(tmp_path: Path) -> None:
     g, before = gradients_of(of, batch), vector(of)
     of.learner.step(batch)
     torch.testing.assert_close((before - vector(of)) / 0.1, g, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_state_goes_on_exactly(tmp_path: Path, head: str) -> None:
-    goes_on_the_same(tmp_path, AGEM, {"strategy": SPEC}, HEADS[head])
-
-
-@pytest.mark.parametrize(("head", "precision"), EACH)
-def test_two_experiences(tmp_path: Path, head: str, precision: str) -> None:
-    two_experiences(tmp_path, {"strategy": SPEC}, HEADS[head], {"trainer": {"precision": precision}})
-
-
-@pytest.mark.parametrize("world", ["text_encoder", "byte_lm"])
-def test_texts(tmp_path: Path, world: str) -> None:
-    two_experiences(tmp_path, WORLDS[world], DOMAIN, {"strategy": SPEC, "trainer": {"max_steps": 2}})
-
-
-def test_a_memory_without_a_sample_of_each_experience_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"strategy\.a_gem\.size: expected at least 5, .*, got 4"):
-        opened(tmp_path, {"strategy": {"name": "a_gem", "size": 4}})

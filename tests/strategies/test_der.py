@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmoe.errors import UserError
 from cmoe.session import Session
 from cmoe.strategies import DER
 
-from .helpers import WORLDS, opened
-from .stepping import DOMAIN, EACH, EXACT, HEADS, enter, goes_on_the_same, leave, take, the, two_experiences, walk
+from .helpers import opened
+from .stepping import EACH, EXACT, HEADS, enter, leave, take, the, two_experiences, walk
 
 FIRST, SECOND = [0, 9, 30, 47], [2, 11, 33, 40, 46]
 
@@ -112,23 +111,12 @@ def test_old_classes_without_outputs_in_the_loss_count_for_nothing(tmp_path: Pat
     two_experiences(tmp_path, {"strategy": {"name": "der", "beta": 1.0, "batch": 1, "size": 5}}, current)
 
 
-@pytest.mark.parametrize("head", ["shared", "growing", "multi", "experts"])
-def test_state_goes_on_exactly(tmp_path: Path, head: str) -> None:
-    spec = {"name": "der", "beta": 0.5, "batch": 4, "size": 30}
-    goes_on_the_same(tmp_path, DER, {"strategy": spec}, HEADS[head])
-
-
 @pytest.mark.parametrize(("head", "precision"), EACH)
 def test_two_experiences(tmp_path: Path, head: str, precision: str) -> None:
     spec = {"name": "der", "beta": 0.5, "batch": 4, "size": 30}
     of = two_experiences(tmp_path, {"strategy": spec}, HEADS[head], {"trainer": {"precision": precision}})
     wanted = torch.float64 if precision == "64-true" else torch.float32
     assert the(of, DER).buffer.extra["logits"].dtype == wanted
-
-
-def test_language_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"strategy\.der: expected a stream with classes, got language modelling"):
-        opened(tmp_path, WORLDS["byte_lm"], DOMAIN, {"strategy": "der"})
 
 
 def test_it_forgets_less_than_naive(tmp_path: Path) -> None:

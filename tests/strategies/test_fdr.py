@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cmoe.errors import UserError
 from cmoe.strategies import FDR
 
-from .helpers import WORLDS, opened
-from .stepping import DOMAIN, EACH, EXACT, HEADS, enter, goes_on_the_same, leave, take, the, two_experiences, walk
+from .helpers import opened
+from .stepping import EXACT, HEADS, enter, leave, take, the, walk
 
 SPEC: dict[str, Any] = {"name": "fdr", "batch": 5, "size": 40}
 
@@ -84,20 +83,3 @@ def test_equal_answers_have_a_gradient_of_zero(tmp_path: Path) -> None:
     gradients = torch.autograd.grad(loss, list(of.model.parameters()), allow_unused=True)
     assert all(g is None or g.isfinite().all() for g in gradients)
     assert float(loss.detach()) < 1e-12
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_state_goes_on_exactly(tmp_path: Path, head: str) -> None:
-    goes_on_the_same(tmp_path, FDR, {"strategy": SPEC}, HEADS[head])
-
-
-@pytest.mark.parametrize(("head", "precision"), EACH)
-def test_two_experiences(tmp_path: Path, head: str, precision: str) -> None:
-    two_experiences(tmp_path, {"strategy": SPEC}, HEADS[head], {"trainer": {"precision": precision}})
-
-
-def test_impossible_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"strategy\.fdr\.size: expected at least 5, .*, got 4"):
-        opened(tmp_path, {"strategy": {"name": "fdr", "size": 4}})
-    with pytest.raises(UserError, match=r"strategy\.fdr: expected a stream with classes"):
-        opened(tmp_path, WORLDS["byte_lm"], DOMAIN, {"strategy": SPEC})

@@ -15,8 +15,8 @@ from cmoe.learners.model import Model
 from cmoe.session import Session
 from cmoe.strategies import MIR
 
-from .helpers import WORLDS, opened, same, weights
-from .stepping import DOMAIN, EACH, HEADS, goes_on_the_same, second, take, the, two_experiences
+from .helpers import opened, same, weights
+from .stepping import HEADS, second, take, the
 
 SPEC: dict[str, Any] = {"name": "mir", "batch": 3, "candidates": 20, "size": 60}
 
@@ -65,22 +65,6 @@ def test_the_most_harmed_are_replayed(tmp_path: Path, head: str, monkeypatch: py
 
 def test_the_trial_takes_the_optimizers_rate(tmp_path: Path) -> None:
     assert the(opened(tmp_path, {"strategy": SPEC}), MIR).rate == 0.1
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_state_goes_on_exactly(tmp_path: Path, head: str) -> None:
-    goes_on_the_same(tmp_path, MIR, {"strategy": SPEC}, HEADS[head])
-
-
-@pytest.mark.parametrize(("head", "precision"), EACH)
-def test_two_experiences(tmp_path: Path, head: str, precision: str) -> None:
-    two_experiences(tmp_path, {"strategy": SPEC}, HEADS[head], {"trainer": {"precision": precision}})
-
-
-@pytest.mark.parametrize("world", ["text_encoder", "byte_lm"])
-def test_texts(tmp_path: Path, world: str) -> None:
-    small = {"name": "mir", "size": 40, "batch": 2, "candidates": 4}
-    two_experiences(tmp_path, WORLDS[world], DOMAIN, {"strategy": small, "trainer": {"max_steps": 3}})
 
 
 def test_too_few_candidates_are_refused(tmp_path: Path) -> None:

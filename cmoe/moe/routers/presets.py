@@ -62,7 +62,8 @@ class Switch(TopK):
 class GShard(Scored):
     """GShard: the best expert and, with probability twice its gate, the second best; the two gates sum to 1.
 
-    Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668. Outside training the second always works.
+    Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668. Outside training the second always works. Places are given token
+    by token, both choices of one before the next, and not all first choices before any second as in the paper.
     """
 
     switch: NonNegative = 0.01
