@@ -160,7 +160,7 @@ def options_of(router: str) -> dict[str, Any]:
 def fitting_hidden(dim: int, router: dict[str, Any], experts: int, met: float) -> int:
     """Hidden units of an expert with which a token that meets `met` experts has the reference's active parameters."""
     layer = MoELayer(dim, hidden=1, experts=experts, router=router)
-    wanted = reference_layer(dim).parameter_counts()[1] - sum(p.numel() for p in layer.router.parameters())
+    wanted = reference_layer(dim).parameter_counts()[1] - layer.router.active_parameters()
     return max(1, round((wanted / met - dim) / (2 * dim + 1)))
 
 
@@ -245,7 +245,8 @@ def cost(layer: MoELayer, work: Work) -> dict[str, float]:
     flops = diagnostics.flops_per_token(layer) + one * (met - layer.router.experts_per_token(layer.view))
     flops += 4 * layer.dim * work.slots / work.tokens  # tokens into slots and back
     flops += 2 * all_experts * work.groups / work.tokens  # experts into one
-    active = total - all_experts + all_experts / len(layer.ids) * met
+    looked_up = sum(p.numel() for p in layer.router.parameters()) - layer.router.active_parameters()
+    active = total - all_experts - looked_up + all_experts / len(layer.ids) * met
     return {"experts_per_token": met, "active": active, "total": float(total), "flops": flops}
 
 

@@ -224,7 +224,8 @@ class HeadLayer(MoELayer):
         x_TD, context, routing = self._routed(x, context)
         dropout = self.dropout if self.training else 0.0
         y_TO = self._attended(x_TD, routing, Places(x.shape[:2], layout, context.valid, causal, dropout))
-        return self._for_valid(y_TO, context).view(*x.shape[:-1], self.out_dim), routing
+        y_TO = self.in_graph(self._for_valid(y_TO, context), routing)
+        return y_TO.view(*x.shape[:-1], self.out_dim), routing
 
     def _attended(self, x_TD: Tensor, routing: Routing, places: Places) -> Tensor:
         raise NotImplementedError

@@ -150,10 +150,12 @@ def outputs(
         yield block, maybe_again(recompute, cohorts[block.key].work, rows, block, path)
 
 
-def each_assignment(x_TD: Tensor, routing: Routing, view: ExpertView, cohorts: Cohorts, path: str) -> Tensor:
+def each_assignment(
+    x_TD: Tensor, routing: Routing, view: ExpertView, cohorts: Cohorts, path: str, recompute: bool = False
+) -> Tensor:
     """What each token's experts make of it, one by one, (T, K, O) in the order of the routing's ids; 0 for nobody."""
     sort = Sorted(routing, view)
-    parts = list(outputs(x_TD, sort, cohorts, "loop" if path == "dense" else path))
+    parts = list(outputs(x_TD, sort, cohorts, "loop" if path == "dense" else path, recompute))
     out_NO = torch.cat([out for _, out in parts])
     where_N = torch.cat([sort.order_N[block.low : block.high] for block, _ in parts])
     flat = out_NO.new_zeros(routing.ids.numel(), *out_NO.shape[1:]).index_copy(0, where_N, out_NO)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmoe.moe import lifecycle, soft
-from cmoe.moe.dispatch import PATHS, Path, dispatch, each_assignment, maybe_again
+from cmoe.moe.dispatch import PATHS, Path, dispatch, distributed, each_assignment, maybe_again
 from cmoe.moe.experts import EXPERTS, Cohorts, Expert
 from cmoe.moe.kinds import Kind, Spec, resolve
 from cmoe.moe.losses import mutual_distillation_loss
@@ -150,7 +150,20 @@ class MoELayer(nn.Module):
             y_TO = y_TO + self._for_valid(maybe_again(self.recompute, self._shared, x_TD), context)
         if self.base is not None:
             y_TO = y_TO + self._for_valid(self.base(x_TD), context)
-        return y_TO.reshape(*x.shape[:-1], self.out_dim), routing
+        return self.in_graph(y_TO, routing).reshape(*x.shape[:-1], self.out_dim), routing
+
+    def in_graph(self, y_TO: Tensor, routing: Routing) -> Tensor:
+        """y, after which every parameter gets a gradient where other processes wait for it, be it 0.
+
+        `DistributedDataParallel` reduces a parameter when its gradient is there: those of experts that this batch may not
+        see, and of routers that only look them up, would never come.
+        """
+        if not (self.training and distributed() and torch.is_grad_enabled()):
+            return y_TO
+        seen = set(routing.experts if isinstance(routing, UniformRouting) else routing.columns)
+        unseen = [self.cohorts[key] for key, ids in self.cohort_ids.items() if seen.isdisjoint(ids)]
+        idle = [p for module in (self.router, *unseen) for p in module.parameters() if p.requires_grad]
+        return Reached.apply(y_TO, *idle) if idle else y_TO
 
     def _routed(self, x: Tensor, context: RouteContext | None) -> tuple[Tensor, RouteContext, Routing]:
         """The units one after the other, (T, D) or (T, ..., D), their context, and where each goes."""
@@ -164,6 +177,8 @@ class MoELayer(nn.Module):
         return x_TD, context, self.router(routed_TD, context, self.view)
 
     def _combined(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if self.distillation and self.training:
+            return self._distilled(x_TD, routing)
         if isinstance(routing, UniformRouting):
             if self.training:
                 for expert in routing.experts:
@@ -173,8 +188,6 @@ class MoELayer(nn.Module):
             return maybe_again(self.recompute, soft.mix, x_TD, routing, self.view, self.cohorts)
         if isinstance(routing, MergeRouting):
             return maybe_again(self.recompute, soft.merge, x_TD, routing, self.view, self.cohorts)
-        if self.distillation and self.training:
-            return self._distilled(x_TD, routing)
         y_TO, load = dispatch(x_TD, routing, self.view, self.cohorts, self.dispatch, self.recompute)
         if self.training:
             self._count(load)
@@ -201,7 +214,7 @@ class MoELayer(nn.Module):
         return y_TO if routing.valid is None else _masked(y_TO, routing.valid)
 
     def _distilled(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        each_TKO = each_assignment(x_TD, routing, self.view, self.cohorts, self.dispatch)
+        each_TKO = each_assignment(x_TD, routing, self.view, self.cohorts, self.dispatch, self.recompute)
         present_TK = routing.ids != NONE
         loss = mutual_distillation_loss(each_TKO.flatten(2), present_TK)
         routing.aux["expert_distillation"] = self.distillation * loss
@@ -281,7 +294,7 @@ class MoELayer(nn.Module):
             Their ids. Their parameters are new to an optimizer (`migrate_optimizer(..., added=layer.parameters())`).
 
         Raises:
-            ValueError: n < 1, an unknown `init` or `source`, or a kind that has no output of 0.
+            ValueError: n < 1, a negative task label, an unknown `init` or `source`, or a kind that has no output of 0.
         """
         kind = 0 if expert is None and hidden is None else self.kind_number(expert, hidden)
         origins = [source] if source is not None else list(sources or ())
@@ -420,14 +433,15 @@ class MoELayer(nn.Module):
         self.apply_frozen()
 
     def parameter_counts(self) -> tuple[int, int]:
-        """Parameters in all, and those active for one token: all that no router chooses, and its experts'.
+        """Parameters in all, and those active for one token: all that nothing chooses, and its experts'.
 
         Among experts of different sizes a token is taken to go to the largest.
         """
         total = sum(p.numel() for p in self.parameters())
         experts = sum(p.numel() for p in self.cohorts.parameters())
         one = max(sum(p[0].numel() for p in cohort.parameters()) for cohort in self.cohorts.values())
-        return total, total - experts + one * self.router.experts_per_token(self.view)
+        router = sum(p.numel() for p in self.router.parameters()) - self.router.active_parameters()
+        return total, total - experts - router + one * self.router.experts_per_token(self.view)
 
     def flops_per_token(self) -> int:
         """Floating point operations of a forward pass on one token: matrix products of what works on all, and its experts'.
@@ -442,7 +456,7 @@ class MoELayer(nn.Module):
 
         Of a base, which may be any module, each matrix as if it were used once.
         """
-        total = sum(2 * p.numel() for p in self.router.parameters())
+        total = self.router.flops_per_token()
         if self.shared is not None:
             total += self.shared.n * self.shared.flops_per_token()
         if self.base is not None:
@@ -481,7 +495,7 @@ class MoELayer(nn.Module):
             modules.update(ordered)
         self.cohort_kinds = {key: self.cohort_kinds[key] for key in self.cohort_ids}
         _ = self.usage  # counted by column: taken in before the columns change
-        self.view = ExpertView(self.cohort_ids, self.tasks)
+        self.view = ExpertView(self.cohort_ids, self.tasks, self.frozen_keys)
         self._tally = self._tally.new_zeros(len(self.view))
 
     def apply_frozen(self) -> None:
@@ -536,6 +550,19 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, out_dim={self.out_dim}, experts={len(self.ids)}, dispatch={self.dispatch}"
+
+
+class Reached(torch.autograd.Function):
+    """y as it is, with a gradient of 0 for parameters that have no part in it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return (gradients[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
 
 
 def _masked(y_TO: Tensor, valid_T: Tensor) -> Tensor:

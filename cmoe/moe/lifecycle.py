@@ -44,6 +44,9 @@ def add(
     """See `MoELayer.add_experts`."""
     if n < 1:
         raise ValueError(f"add_experts: expected at least 1, got {n}")
+    labels = [tasks] if isinstance(tasks, int) else list(tasks or ())
+    if labels and min(labels) < 0:
+        raise ValueError(f"tasks: expected labels from 0, got {min(labels)}")
     if init not in INITS:
         raise ValueError(f"init: expected one of {INITS}, got {init!r}")
     drawn = init in ("fresh", "zero")
@@ -62,7 +65,7 @@ def add(
     key, ids = layer.new_key(), layer.new_ids(n)
     layer.install(key, cohort, fresh=True)
     layer.cohort_kinds[key] = kind
-    for task in [tasks] if isinstance(tasks, int) else tasks or ():
+    for task in labels:
         layer.tasks[task] = (*layer.tasks.pop(task, ()), *ids)  # popped, so that it is the last one assigned
     layer.set_cohorts({**layer.cohort_ids, key: ids})
     return list(ids)
@@ -209,6 +212,7 @@ def set_frozen(layer: MoELayer, ids: Iterable[int], frozen: bool) -> ParameterCh
     keys, change = isolate(layer, ids - layer.frozen_ids if frozen else ids & layer.frozen_ids)
     for key in keys:
         (layer.frozen_keys.add if frozen else layer.frozen_keys.discard)(key)
+    layer.set_cohorts(layer.cohort_ids)  # routers learn some things without a gradient: they are told what is frozen
     layer.apply_frozen()
     return change
 

@@ -68,12 +68,17 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, scale_TE: Tensor, k: int, vali
 
 
 def switch_loss(
-    probs_TE: Tensor, columns_TK: Tensor, valid: Tensor | None = None, absent_TK: Tensor | None = None
+    probs_TE: Tensor,
+    columns_TK: Tensor,
+    valid: Tensor | None = None,
+    absent_TK: Tensor | None = None,
+    alike: int = 0,
 ) -> Tensor:
     """E · Σ fᵢ Pᵢ with fᵢ the share of assignments and Pᵢ the mean probability of expert i: 1 when balanced.
 
     Fedus et al. 2021 (Switch), https://arxiv.org/abs/2101.03961, equations 4 to 6; for K > 1 the shares are of all
-    assignments. The gradient flows through P only.
+    assignments. The gradient flows through P only. Each of the last `alike` columns counts with the mean share of them all
+    (null experts: AdaMoE, Zeng et al. 2024, https://arxiv.org/abs/2406.13233).
     """
     tokens, n = probs_TE.shape
     k = columns_TK.shape[1]
@@ -88,6 +93,8 @@ def switch_loss(
         ones = (~absent_TK).to(probs_TE.dtype).reshape(-1)
         assignments = ones.sum().clamp(min=1.0)
     counts_E = probs_TE.new_zeros(n).scatter_add(0, columns_TK.reshape(-1), ones)
+    if alike:
+        counts_E = torch.cat([counts_E[:-alike], counts_E[-alike:].mean().expand(alike)])
     return (counts_E * probs_E).sum() * n / (amount * assignments)
 
 

@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cmoe.moe.view import NONE, ExpertView
+from cmoe.moe.view import NONE, Columns, ExpertView
+
+LEFT_OUT = -2  # in a replay: LEFT_OUT - e is expert e, chosen and left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class RouteContext:
         stage: training stage, for routers that change over time.
         state: the previous layer's routing state.
         generator: source of random numbers; None is torch's global one.
-        replay: (T, K) expert ids to use instead of choosing; -1 is none. Weights are computed anew for them.
+        replay: (T, K) expert ids to use instead of choosing, as `Routing.replay` gives them; -1 is none, -2 - e stands for
+            expert e, which was chosen and is left out. Weights are computed anew for them.
         visible: ids of the experts that may be seen; the others' columns are left out (sliced, not masked).
     """
 
@@ -104,6 +107,8 @@ class Routing:
         kind: 'sparse', 'soft' or 'merge'.
         state: what the next layer's router gets as `RouteContext.state`; None for most routers.
         dropped: how many assignments were lost to the experts' capacity, an int64 scalar; None for a router without any.
+        left: (T, K) ids of the experts that were chosen and are left out (they had no place, or the second of GShard was
+            not drawn), -1 where nobody was; None for a router that leaves out nobody.
         valid: (T,) bool as in the context: False for padding, which is no token to any count; None is all.
     """
 
@@ -117,6 +122,27 @@ class Routing:
     state: Tensor | None = None
     dropped: Tensor | None = None
     valid: Tensor | None = None
+    left: Tensor | None = None
+
+    @property
+    def replay(self) -> Tensor:
+        """What `RouteContext.replay` takes to get this routing again, weights included.
+
+        A weight may depend on all that were chosen, so those that are left out are told too.
+        """
+        return self.ids if self.left is None else torch.where(self.left == NONE, self.ids, LEFT_OUT - self.left)
+
+
+def replayed(replay_TK: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+    """What a replay says: the columns that were chosen (0 for nobody), where nobody was, and who of them is left out.
+
+    Raises:
+        ValueError: it names an expert that is not among the columns.
+    """
+    left_TK = replay_TK <= LEFT_OUT
+    ids_TK = torch.where(left_TK, LEFT_OUT - replay_TK, replay_TK)
+    columns.check(ids_TK)
+    return columns.to_columns(ids_TK), ids_TK == NONE, left_TK
 
 
 def passed_on(context: RouteContext, routing: Routing) -> RouteContext:
@@ -136,7 +162,7 @@ class UniformRouting(Routing):
         self.experts, self.valid, self.columns = experts, valid, columns
         self.tokens, self.device = x_TD.shape[0], x_TD.device
         self.dtype = score_dtype(x_TD.dtype)
-        self.logits = self.log_probs = self.state = None
+        self.logits = self.log_probs = self.state = self.dropped = self.left = None
         self.aux = {}
         self.kind = "sparse"
 
@@ -256,6 +282,14 @@ class Router(nn.Module):
     def experts_per_token(self, experts: ExpertView) -> int:
         """How many experts work on one token, for parameter and FLOP counts."""
         raise NotImplementedError(f"{type(self).__name__} must define experts_per_token(experts)")
+
+    def active_parameters(self) -> int:
+        """How many of the router's parameters take part in routing one token; all, unless a router looks some up."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating point operations that routing one token costs; each number that takes part is multiplied and added once."""
+        return 2 * self.active_parameters()
 
     def learn(self, routing: Routing, reward: Tensor) -> Tensor:
         """The deferred loss of a router that learns from a reward which arrives after the model's loss."""

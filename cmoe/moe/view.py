@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,9 +18,15 @@ class Columns:
         ids: expert id of each column.
         parts: (cohort key, its experts' row indices, or None for all rows) in column order.
         members: the expert ids of each part.
+        frozen: keys of the cohorts that are.
     """
 
-    def __init__(self, parts: tuple[tuple[str, tuple[int, ...], tuple[int, ...] | None], ...]) -> None:
+    def __init__(
+        self,
+        parts: tuple[tuple[str, tuple[int, ...], tuple[int, ...] | None], ...],
+        frozen: frozenset[str] = frozenset(),
+    ) -> None:
+        self.frozen = frozen
         self.ids: tuple[int, ...] = tuple(i for _, ids, _ in parts for i in ids)
         self.parts = tuple((key, rows) for key, _, rows in parts)
         self.members = tuple(ids for _, ids, _ in parts)
@@ -92,8 +98,13 @@ class ExpertView(Columns):
         first: expert ids of the oldest cohort.
     """
 
-    def __init__(self, cohorts: Mapping[str, tuple[int, ...]], tasks: Mapping[int, tuple[int, ...]]) -> None:
-        super().__init__(tuple((key, ids, None) for key, ids in cohorts.items()))
+    def __init__(
+        self,
+        cohorts: Mapping[str, tuple[int, ...]],
+        tasks: Mapping[int, tuple[int, ...]],
+        frozen: Iterable[str] = (),
+    ) -> None:
+        super().__init__(tuple((key, ids, None) for key, ids in cohorts.items()), frozenset(frozen))
         self.cohorts = dict(cohorts)
         self.tasks = dict(tasks)
         self.where = {expert: (key, row) for key, ids in cohorts.items() for row, expert in enumerate(ids)}
@@ -122,7 +133,7 @@ class ExpertView(Columns):
                 rows = tuple(row for row, expert in enumerate(ids) if expert in visible)
                 if rows:
                     parts.append((key, tuple(ids[row] for row in rows), None if len(rows) == len(ids) else rows))
-            found = Columns(tuple(parts))
+            found = Columns(tuple(parts), self.frozen)
             if keep:
                 self._slices[visible] = found
         return found

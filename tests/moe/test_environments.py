@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cmoe.moe import MoELayer
+from cmoe.moe import MoA, MoELayer, RouteContext
 
 DIM, TOKENS = 16, 40
 
@@ -123,3 +123,77 @@ def test_idle_experts_under_distributed_training(process_group, router, more):
         y, routing = wrapped(torch.randn(1, DIM, generator=torch.Generator().manual_seed(step)))
         (y.square().sum() + sum(routing.aux.values())).backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+UNSEEN = {
+    "one task's": ({"name": "task_table"}, RouteContext(task=1)),
+    "one task's, labels": ({"name": "task_table"}, RouteContext(task=torch.ones(5, dtype=torch.int64))),
+    "restricted": ({"name": "topk", "restrict": "task"}, RouteContext(task=1)),
+    "restricted, labels": ({"name": "topk", "restrict": "task"}, RouteContext(task=torch.ones(5, dtype=torch.int64))),
+    "visible": ({"name": "topk"}, RouteContext(visible=(1, 2))),
+    "dense": ({"name": "dense"}, RouteContext(visible=(1, 2))),
+    "soft": ({"name": "soft"}, RouteContext(visible=(1, 2), sequence=torch.zeros(5, dtype=torch.int64))),
+    "smear": ({"name": "smear"}, RouteContext(visible=(1, 2), sequence=torch.zeros(5, dtype=torch.int64))),
+    "dropout": ({"name": "topk", "expert_dropout": 0.9, "k": 1}, RouteContext()),
+    "second stage": ({"name": "stable_moe"}, RouteContext(stage=1)),
+    "noise of one": ({"name": "noisy_topk", "k": 1}, RouteContext(visible=(1,))),
+    "per task": ({"name": "per_task"}, RouteContext(task=1, visible=(1,))),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", UNSEEN)
+@pytest.mark.parametrize("kind", ["layer", "attention"])
+def test_what_a_batch_may_not_see_under_distributed_training(process_group, case, kind):
+    """Whole cohorts and their columns: their gradients come too, as zeros, and the others are those without processes."""
+    router, context = UNSEEN[case]
+    if kind == "attention" and case in ("soft", "smear"):
+        pytest.skip("attention takes only routers that assign tokens")
+
+    def build():
+        torch.manual_seed(0)
+        if kind == "attention":
+            layer = MoA(DIM, heads=3, size=4, router=router)
+        else:
+            layer = MoELayer(DIM, 8, experts=3, router=router)
+        layer.add_experts(2)
+        layer.assign([1, 2], 1)
+        return layer
+
+    def step(run, seed):
+        torch.manual_seed(seed)
+        y, routing = run(torch.randn(1, 5, DIM), context)
+        (y.square().sum() + sum(routing.aux.values())).backward()
+
+    layer, plain = build(), build()
+    wrapped = DistributedDataParallel(layer)
+    for seed in range(3):
+        layer.zero_grad()
+        step(wrapped, seed)
+    assert all(p.grad is not None for p in layer.parameters())
+    dist.destroy_process_group()
+    try:
+        step(plain, 2)
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for (name, p), q in zip(layer.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, torch.zeros_like(p) if q.grad is None else q.grad, msg=name)
+
+
+@pytest.mark.parametrize("router", ["topk", "task_table"])
+@pytest.mark.parametrize("path", ["auto", "loop", "dense"])
+def test_mutual_distillation_with_recomputation_and_with_one_task(router, path):
+    x = torch.randn(TOKENS, DIM)
+    kept, again = (layer_for(router, dispatch=path, distillation=0.5, recompute=flag) for flag in (False, True))
+    found = []
+    for layer in (kept, again):
+        layer.assign([0, 2, 3], 1)
+        found.append(gradients(layer, lambda v, layer=layer: layer(v, RouteContext(task=1)), x))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    _, routing = kept(x, RouteContext(task=1))
+    assert "expert_distillation" in routing.aux
+    if router == "task_table":  # a label for each token says the same
+        _, labels = kept(x, RouteContext(task=torch.ones(TOKENS, dtype=torch.int64)))
+        assert torch.equal(routing.aux["expert_distillation"], labels.aux["expert_distillation"])

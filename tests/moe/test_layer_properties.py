@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cmoe.moe import ROUTERS as catalogue
 from cmoe.moe import MoELayer, RouteContext
 
 _spec = importlib.util.spec_from_file_location("moe_reference", Path(__file__).with_name("reference.py"))
@@ -69,7 +70,14 @@ DTYPES = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 6e-2}
 def make(router, expert, path="auto", dtype=torch.float32, added=True):
     """A layer of several cohorts with an expert removed and a cohort split, so that nothing is in its simplest order."""
     options = {"out_dim": OUT, **EXPERTS[expert]}
-    layer = MoELayer(DIM, HIDDEN, experts=4, router=dict(ROUTERS[router]), dispatch=path, **options)
+    layer = MoELayer(
+        DIM,
+        HIDDEN,
+        experts=4,
+        router=dict(ROUTERS[router] if isinstance(router, str) else router),
+        dispatch=path,
+        **options,
+    )
     if added:
         layer.add_experts(1)
         layer.add_experts(3)
@@ -148,6 +156,60 @@ def test_outputs_and_gradients_equal_a_dense_reference(router, expert, path, dty
         value = torch.zeros_like(mine, dtype=torch.float64) if value is None else value
         scale = max(1.0, float(value.abs().max()))
         assert float((mine.double() - value).abs().max()) <= tolerance * scale, name
+
+
+EVERY_ROUTER = [name for name, router in catalogue.items() if router.routing_kind == "sparse"]
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("router", EVERY_ROUTER)
+def test_every_router_reaches_every_kind_of_expert_on_every_path_in_every_type(router, expert):
+    """What the layer makes of a router's weights, and what gradient it gives them, is the plain weighted sum in float64.
+
+    That a router's weights and their gradients are right is the matter of `routers/test_all.py`.
+    """
+    layer = make({"name": router}, expert).eval()
+    known = {"task": torch.arange(11) % 3, "token_ids": torch.arange(11) * 7 % 5, "sequence": torch.arange(11) // 4}
+    for dtype, tolerance in DTYPES.items():
+        layer.to(getattr(torch, dtype))
+        x = units(expert, 11, dtype=getattr(torch, dtype))
+        expected: list[torch.Tensor] | None = None
+        for path in PATHS if dtype != "bfloat16" else ("auto",):
+            if path == "grouped" and (dtype == "float64" or expert in MAPS):
+                continue
+            layer.dispatch = path
+            mine = x.clone().requires_grad_()
+            y, routing = layer(mine, RouteContext(generator=torch.Generator().manual_seed(0), **known))
+            if expected is None:  # a path changes nothing of the routing
+                direction = torch.randn(y.shape).to(y.dtype)
+                expected = plain_sum(layer, x, routing, direction)
+            parameters = [p for name, p in layer.named_parameters() if name.startswith("cohorts.")]
+            asked = [*parameters, *([routing.weights] if routing.weights.requires_grad else [])]
+            got = torch.autograd.grad((y * direction).sum(), asked, allow_unused=True) if asked else ()
+            found = [torch.zeros_like(b) if a is None else a for a, b in zip([y, *got], expected, strict=False)]
+            if len(asked) > len(parameters):
+                found[-1] = found[-1].masked_fill(routing.ids < 0, 0.0)  # of nobody's weight nobody asks
+            for what, (a, b) in enumerate(zip(found, expected, strict=False)):
+                a = a.detach().double()
+                if not b.numel():
+                    continue
+                if what and dtype == "bfloat16" and expert in ("relu", "linear_relu", "adapter"):
+                    continue  # a rounded sum may stand on the other side of the bend
+                assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max())), (path, dtype)
+
+
+def plain_sum(layer, x, routing, direction):
+    """The output in float64, and the gradients of <direction, output>: of every cohort's parameters, and of the weights."""
+    params, x64 = reference.leaves(layer), x.double()
+    dense = torch.zeros(len(x), max(layer.ids) + 2, dtype=torch.float64)
+    dense = dense.scatter_add(1, routing.ids + 1, routing.weights.detach().double())[:, 1:]
+    weights = dense[:, list(layer.ids)].requires_grad_()
+    y = reference.combine(reference.all_outputs(layer, x64, params), weights, layer.ids)
+    leaves = [*(p for name, p in params.items() if name.startswith("cohorts.")), weights]
+    found = torch.autograd.grad((y * direction.double()).sum(), leaves, allow_unused=True)
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
+    found[-1] = found[-1].gather(1, layer.view.to_columns(routing.ids)).masked_fill(routing.ids < 0, 0.0)
+    return [y.detach(), *found]
 
 
 @pytest.mark.parametrize("expert", EXPERTS)

@@ -23,6 +23,8 @@ ROUTERS = [
     {"name": "topk", "noise": "shazeer"},
     "task_table",
     "kmeans",
+    {"name": "sigmoid_bias", "rate": 0.1},
+    {"name": "stable_moe", "after": 4},
 ]
 
 some_ids = st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True)
@@ -45,7 +47,7 @@ def rows(layer):
         (expert, part, name): p.detach()[row].clone()
         for part, modules in enumerate(layer.stacked_modules())
         for key, module in modules.items()
-        for name, p in module.named_parameters()
+        for name, p in (*module.named_parameters(), *module.named_buffers())
         for row, expert in enumerate(layer.cohort_ids[key])
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,12 @@ class NullExperts(TopK):
     ) -> dict[str, Tensor]:
         if not self.switch or not self.null:
             return {}
-        # the balance loss sees the nulls as one kind with an even share each, as in the paper
+        # the nulls are alike, so each counts with the mean share of all of them, as in the paper: it does not matter which
+        # of them a token takes
         all_TA = torch.cat([scores_TE, self._null_TN.to(scores_TE.dtype)], 1)
         probs_TA = all_TA.softmax(-1)
         chosen_TK = all_TA.topk(min(self.k, all_TA.shape[1]), dim=-1).indices
-        return {"switch": self.switch * losses.switch_loss(probs_TA, chosen_TK, context.valid)}
+        return {"switch": self.switch * losses.switch_loss(probs_TA, chosen_TK, context.valid, alike=self.null)}
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -137,6 +138,8 @@ class Threshold(Scored):
     Guo et al. 2024 (DYNMoE), https://arxiv.org/abs/2405.14297. A token that no expert wants goes to the best one.
     Weights are equal; the gradient passes straight through the comparison.
     """
+
+    init_std: NonNegative = field(init=False, default=0.02)
 
     exact_k = False
     fixed_k = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cmoe.config.types import PositiveInt
+from cmoe.config.types import NonNegative, PositiveInt
 from cmoe.moe.routers.parts import select, weigh
 from cmoe.moe.routers.parts.select import Selection
 from cmoe.moe.routers.scored import Scored
@@ -55,6 +55,8 @@ class Base(Scored):
     Lewis et al. 2021, https://arxiv.org/abs/2103.16716. Outside training a token goes to its best expert. Weights are
     sigmoids of the scores. The assignment is found by auction, on the CPU as fast as anywhere.
     """
+
+    switch: NonNegative = field(init=False, default=0.0)  # everyone has the same load
 
     causal = False
 

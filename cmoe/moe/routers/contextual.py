@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmoe.config.types import Fraction, PositiveInt
+from cmoe.config.types import Fraction, NonNegative, PositiveInt
 from cmoe.moe.routers.parts import scores
 from cmoe.moe.routers.parts.scores import Score
 from cmoe.moe.routers.topk import TopK
@@ -23,6 +23,9 @@ class Attention(TopK):
     Wu et al. 2024 (Yuan 2.0-M32), https://arxiv.org/abs/2405.17976. An expert's score depends on which others are
     visible.
     """
+
+    orthogonality: NonNegative = field(init=False, default=0.0)
+    init_std: NonNegative = field(init=False, default=0.02)
 
     isolatable = True
 
@@ -61,7 +64,8 @@ class KMeans(TopK):
     """K-means router: a token goes to the experts of the nearest centroids, which follow their tokens.
 
     As in MixER (Nzoyem et al. 2025, https://arxiv.org/abs/2502.05043): no gradient reaches the router; each training
-    batch moves a centroid towards the mean of the tokens that it is nearest to.
+    batch moves a centroid towards the mean of the tokens that it is nearest to. A balance loss could only move the
+    backbone, so there is none unless it is asked for.
 
     Options:
         rate: how far a centroid moves, 1 − the decay of its mean.
@@ -69,6 +73,9 @@ class KMeans(TopK):
 
     rate: Fraction = 0.01
     k: PositiveInt = 1
+    switch: NonNegative = 0.0
+    orthogonality: NonNegative = field(init=False, default=0.0)
+    init_std: NonNegative = field(init=False, default=0.02)
 
     def make_score(self) -> Score:
         return scores.Centroid(self.dim)

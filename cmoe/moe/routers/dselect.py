@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,6 +44,9 @@ class Selectors(Score):
 
     def reset_columns(self, columns: Any) -> None:
         pass
+
+    def active(self, rows: Sequence[nn.Module]) -> int:
+        return super().active(rows) // (self.tasks if self.gate == "task" else 1)  # one task's
 
     def both(self, x_TD: Tensor, context: RouteContext, columns: Columns) -> tuple[Tensor, Tensor]:
         """Each selector's distribution over experts (T, k, E), and how much it counts (T, k); T is 1 where all tokens
@@ -133,6 +137,9 @@ class DSelectK(Scored):
     bits: PositiveInt = 16
     tasks: PositiveInt = 16
     entropy: NonNegative = 0.01
+    z: NonNegative = field(init=False, default=0.0)  # a sum of 1 is nothing to keep small
+    orthogonality: NonNegative = field(init=False, default=0.0)
+    init_std: NonNegative = field(init=False, default=0.02)
 
     exact_k = False
     fixed_k = False

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cmoe.config.types import Positive
+from cmoe.config.types import NonNegative, Positive
 from cmoe.moe.routers.parts import capacity, select
 from cmoe.moe.routers.parts.select import Selection
 from cmoe.moe.routers.scored import Scored
@@ -27,6 +27,7 @@ class ExpertChoice(Scored):
     """
 
     factor: Positive = 2.0
+    switch: NonNegative = field(init=False, default=0.0)  # everyone has the same load
 
     causal = False
     exact_k = False

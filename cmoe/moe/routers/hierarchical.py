@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Hierarchical(Scored):
     k_groups: PositiveInt = 1
     k: PositiveInt = 2
     switch: NonNegative = 0.01
+    z: NonNegative = field(init=False, default=0.0)  # scores are log-probabilities: a sum of 1 is nothing to keep small
 
     def make_score(self) -> Score:
         return TwoLevels(self.dim, self.init_std, self.groups)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from cmoe.config.types import Count, NonNegative, Positive, PositiveInt, Probability
+from cmoe.moe import losses
 from cmoe.moe.routers.parts import scores, select, weigh
 from cmoe.moe.routers.parts.scores import Score
 from cmoe.moe.routers.parts.select import Selection
@@ -24,6 +25,8 @@ class Dense(Scored):
 
     Jacobs, Jordan, Nowlan and Hinton 1991, Adaptive mixtures of local experts.
     """
+
+    switch: NonNegative = field(init=False, default=0.0)  # everyone has the same load
 
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
         return select.everyone(scores_TE)
@@ -75,12 +78,28 @@ class GShard(Scored):
         return 2
 
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
-        return select.random_second(scores_TE, context.generator, training)
+        return select.top_k(scores_TE, 2)
+
+    def leave_out(self, scores_TE: Tensor, columns_TK: Tensor, context: RouteContext) -> Tensor | None:
+        # the first keeps its normed gate where the second is not drawn
+        return select.not_drawn(scores_TE, columns_TK, context.generator)
 
     def weigh(self, scores_TE: Tensor, columns_TK: Tensor, absent_TK: Tensor | None, columns: Columns) -> Tensor:
-        # the first keeps its normed gate where the second is not drawn
-        weights_TK = weigh.softmax_chosen(scores_TE, columns_TK, None)
-        return weights_TK if absent_TK is None else weights_TK.masked_fill(absent_TK, 0.0)
+        return weigh.softmax_chosen(scores_TE, columns_TK, absent_TK)
+
+    def extra_losses(
+        self,
+        scores_TE: Tensor,
+        chosen_TE: Tensor,
+        scale_TE: Tensor | None,
+        columns_TK: Tensor,
+        context: RouteContext,
+    ) -> dict[str, Tensor]:
+        if not self.switch:
+            return {}
+        # the paper counts first choices only; the best is the first whatever is replayed
+        first_T1 = scores_TE.argmax(1, keepdim=True)
+        return {"switch": self.switch * losses.switch_loss(scores_TE.softmax(-1), first_T1, context.valid)}
 
     def experts_per_token(self, experts: ExpertView) -> int:
         return min(2, len(experts))
@@ -128,6 +147,7 @@ class Cosine(TopK):
     rank: Count = 0
     temperature: Positive = 0.3
     order: Literal["before", "after"] = "after"
+    init_std: NonNegative = field(init=False, default=0.02)
 
     perturbation: ClassVar[float] = 0.0
 
@@ -293,6 +313,13 @@ class _Unlearned(Scored):
     """
 
     k: PositiveInt = 1
+    switch: NonNegative = field(init=False, default=0.0)
+    importance: NonNegative = field(init=False, default=0.0)
+    z: NonNegative = field(init=False, default=0.0)
+    entropy: NonNegative = field(init=False, default=0.0)
+    mutual_information: NonNegative = field(init=False, default=0.0)
+    orthogonality: NonNegative = field(init=False, default=0.0)
+    init_std: NonNegative = field(init=False, default=0.02)
 
     def select(self, scores_TE: Tensor, columns: Columns, context: RouteContext, training: bool) -> Selection:
         return select.top_k(scores_TE, self.k)
@@ -343,8 +370,13 @@ class Random(_Unlearned):
 class FrozenRandom(TopK):
     """Frozen random router: linear scores that are drawn once and never learned; a baseline for learned routing.
 
-    Chen et al. 2023 (SMoE-Dropout), https://arxiv.org/abs/2303.01610.
+    Chen et al. 2023 (SMoE-Dropout), https://arxiv.org/abs/2303.01610. A balance loss could only move the backbone, so there
+    is none unless it is asked for.
     """
+
+    switch: NonNegative = 0.0
+    orthogonality: NonNegative = field(init=False, default=0.0)
+    init_std: NonNegative = field(init=False, default=0.02)
 
     def make_score(self) -> Score:
         return scores.Frozen(self.dim)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmoe.config.types import Count, PositiveInt
 from cmoe.moe.routers.parts.scores import product
 from cmoe.moe.routers.sparse import Sparse
-from cmoe.moe.routing import RouteContext, Routing
+from cmoe.moe.routing import RouteContext, Routing, replayed
 from cmoe.moe.view import NONE, Columns, ExpertView
 
 if TYPE_CHECKING:
@@ -178,15 +178,18 @@ class ProductKeys(Sparse):
             columns_TK, weights_TK = self._retrieved(search, columns, tokens)
             absent_TK = columns_TK < 0
         else:
-            columns.check(context.replay)
-            absent_TK = context.replay == NONE
-            columns_TK = columns.to_columns(context.replay)
+            columns_TK, absent_TK, left_TK = replayed(context.replay, columns)
+            absent_TK = absent_TK | left_TK  # this router leaves out nobody itself
             weights_TK = self._weighed(search, columns_TK, absent_TK)
         if context.valid is not None:
             absent_TK = absent_TK | ~context.valid.unsqueeze(1)
         ids_TK = columns.to_ids(columns_TK.clamp(min=0)).masked_fill(absent_TK, NONE)
         weights_TK = weights_TK.masked_fill(absent_TK, 0.0)
         return Routing(ids=ids_TK, weights=weights_TK, columns=columns.ids, valid=context.valid)
+
+    def flops_per_token(self) -> int:
+        # every head compares its own query with all keys
+        return 2 * (self.query.weight.numel() + self.heads * sum(keys.numel() for keys in self.columns.parameters()))
 
     def _grid(self, key: str) -> Grid:
         found = self.columns[key]

@@ -15,7 +15,7 @@ from cmoe.moe.routers.parts import capacity, dropout, weigh
 from cmoe.moe.routers.parts.scores import Linear, Score
 from cmoe.moe.routers.parts.select import Selection
 from cmoe.moe.routers.sparse import Sparse
-from cmoe.moe.routing import RouteContext, Routing, score_dtype
+from cmoe.moe.routing import RouteContext, Routing, replayed, score_dtype
 from cmoe.moe.view import NONE, Columns, ExpertView
 
 
@@ -23,7 +23,7 @@ from cmoe.moe.view import NONE, Columns, ExpertView
 class Scored(Sparse):
     """Base of routers by score: a preset says how it scores, selects and weighs.
 
-    The options here are every preset's.
+    The options here are every preset's, but for those without an effect on it: they are no field of its constructor.
 
     Options:
         capacity: each expert takes at most ⌈capacity · tokens · experts per token / experts⌉ tokens of a batch; 0 is no
@@ -36,7 +36,7 @@ class Scored(Sparse):
         entropy: weight of the mean entropy of each token's distribution over experts.
         mutual_information: weight of minus the mutual information of task label and expert in a batch, which draws
             experts to tasks (Mod-Squad, Chen et al. 2023); 0 in a batch of one task.
-        orthogonality: weight of the mean squared cosine between different experts' score vectors.
+        orthogonality: weight of the mean squared cosine between different visible experts' score vectors.
         expert_dropout: probability with which an expert is left out of a training batch, as if it were not there; as many
             stay as a token needs.
         init_std: standard deviation of the initial score vectors.
@@ -96,6 +96,10 @@ class Scored(Sparse):
         """How much each chosen column counts; the softmax over all by default."""
         return weigh.softmax_all(scores_TE, columns_TK, absent_TK)
 
+    def leave_out(self, scores_TE: Tensor, columns_TK: Tensor, context: RouteContext) -> Tensor | None:
+        """Which of the chosen do not work though the others are weighed as if they did, (T, K) bool; only while training."""
+        return None
+
     def learn_from(self, scores_TE: Tensor, columns_TK: Tensor, absent_TK: Tensor | None, columns: Columns) -> None:
         """Adjust what is learned without a gradient; called once for each training batch."""
 
@@ -151,11 +155,16 @@ class Scored(Sparse):
 
     @torch.no_grad()
     def update_rows(self, name: str, columns: Columns, new: Callable[[Tensor, slice], Tensor]) -> None:
-        """Replace a buffer of every visible expert; `new` gets a cohort's rows and where they stand in column order."""
+        """Replace a buffer of every visible expert that is not frozen.
+
+        `new` gets a cohort's rows and where they stand in column order.
+        """
         start = 0
         for (key, rows), ids in zip(columns.parts, columns.members, strict=True):
             own = slice(start, start + len(ids))
             start += len(ids)
+            if key in columns.frozen:
+                continue
             values = self.columns[key].get_buffer(name)
             if rows is None:
                 values.copy_(new(values, own))
@@ -166,11 +175,12 @@ class Scored(Sparse):
     def _route(self, x_TD: Tensor, context: RouteContext, columns: Columns, training: bool) -> Routing:
         scores_TE, h = self._scores(x_TD, context, columns)
         chosen_TE, scale_TE = self.perturb(x_TD, scores_TE, columns, context) if training else (scores_TE, None)
+        left_TK: Tensor | None
         if context.replay is None:
             columns_TK, absent_TK = self.select(chosen_TE, columns, context, training)
+            left_TK = self.leave_out(chosen_TE, columns_TK, context) if training else None
         else:
-            columns.check(context.replay)
-            columns_TK, absent_TK = columns.to_columns(context.replay), context.replay == NONE
+            columns_TK, absent_TK, left_TK = replayed(context.replay, columns)
         if context.valid is not None:
             invalid_T1 = ~context.valid.unsqueeze(1)
             absent_TK = invalid_T1.expand_as(columns_TK) if absent_TK is None else absent_TK | invalid_T1
@@ -180,13 +190,16 @@ class Scored(Sparse):
         aux = self._losses(scores_TE, chosen_TE, scale_TE, weights_TK, columns_TK, absent_TK, columns, context) if training else {}  # fmt: skip
         dropped = None
         if self.capacity and context.replay is None:
-            late_TK = self._late(columns_TK, absent_TK, weights_TK, len(columns), context)
-            weights_TK = weights_TK.masked_fill(late_TK, 0.0)
+            idle_TK = _either(absent_TK, left_TK)
+            late_TK = self._late(columns_TK, idle_TK, weights_TK, len(columns), context)
             dropped = late_TK.sum(1)
-            absent_TK = late_TK if absent_TK is None else absent_TK | late_TK
-        ids_TK = columns.to_ids(columns_TK)
+            left_TK = _either(left_TK, late_TK)
+        ids_TK, gone_TK = columns.to_ids(columns_TK), None
         if absent_TK is not None:
             ids_TK = ids_TK.masked_fill(absent_TK, NONE)
+        if left_TK is not None:
+            gone_TK = ids_TK.masked_fill(~left_TK, NONE)
+            ids_TK, weights_TK = ids_TK.masked_fill(left_TK, NONE), weights_TK.masked_fill(left_TK, 0.0)
         state = h if self.score.carries_state else None
         return Routing(
             ids=ids_TK,
@@ -197,7 +210,19 @@ class Scored(Sparse):
             state=state,
             dropped=dropped,
             valid=context.valid,
+            left=gone_TK,
         )
+
+    def active_parameters(self) -> int:
+        # of scores and columns a score knows; whatever else a preset has works on every token
+        rows = [module for module in self.columns.values() if isinstance(module, nn.Module)]
+        known = [p for part in (self.score, *rows) for p in part.parameters()]
+        rest = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in known)
+        return rest + self.score.active(rows)
+
+    def flops_per_token(self) -> int:
+        rows = [module for module in self.columns.values() if isinstance(module, nn.Module)]
+        return 2 * (self.active_parameters() - self.score.active(rows)) + self.score.flops(rows)
 
     def _late(
         self, columns_TK: Tensor, absent_TK: Tensor | None, weights_TK: Tensor, n: int, context: RouteContext
@@ -235,10 +260,10 @@ class Scored(Sparse):
                 probs_TE, task_T, valid
             )
         if self.orthogonality:
-            own = [getattr(self.columns[key], "weight", None) for key, _ in columns.parts if key in self.columns]
-            vectors = [weight for weight in own if weight is not None]
-            if vectors:  # a score may have none
-                aux["orthogonality"] = self.orthogonality * losses.orthogonality_loss(vectors)
+            seen = [self.rows_of(key, rows, columns, scores_TE.device) for key, rows in columns.parts]
+            aux["orthogonality"] = self.orthogonality * losses.orthogonality_loss(
+                [self.score.vectors(own) for own in seen]
+            )
         return aux | self.extra_losses(scores_TE, chosen_TE, scale_TE, columns_TK, context)
 
     def _tasks(self, context: RouteContext, probs_TE: Tensor) -> Tensor:
@@ -252,6 +277,12 @@ class Scored(Sparse):
         if isinstance(context.task, Tensor):
             return context.task
         return torch.full((len(probs_TE),), context.task, dtype=torch.int64, device=probs_TE.device)
+
+
+def _either(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first | second
 
 
 class Visible:

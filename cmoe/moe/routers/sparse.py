@@ -123,13 +123,20 @@ class Sparse(Router):
         k = max(g.ids.shape[1] for g in groups)
         ids_TK = torch.cat([F.pad(g.ids, (0, k - g.ids.shape[1]), value=NONE) for g in groups])
         weights_TK = torch.cat([F.pad(g.weights, (0, k - g.weights.shape[1])) for g in groups])
+        states = [g.state for g in groups if g.state is not None]
+        left_TK: Tensor | None = None
+        if any(g.left is not None for g in groups):
+            left = [torch.full_like(g.ids, NONE) if g.left is None else g.left for g in groups]
+            left_TK = torch.cat([F.pad(own, (0, k - own.shape[1]), value=NONE) for own in left])
         return Routing(
             ids=ids_TK.index_select(0, back_T),
             weights=weights_TK.index_select(0, back_T),
             columns=experts.ids,
             aux=aux,
+            state=torch.cat(states).index_select(0, back_T) if len(states) == len(groups) else None,
             dropped=dropped,
             valid=context.valid,
+            left=None if left_TK is None else left_TK.index_select(0, back_T),
         )
 
     def _by_sequence(self, x_TD: Tensor, context: RouteContext, columns: Columns, training: bool) -> Routing:
@@ -143,13 +150,14 @@ class Sparse(Router):
             return None if values is None else values.index_select(0, groups.of_T)
 
         ids_TK, weights_TK = spread(decided.ids), spread(decided.weights)
-        dropped_T = spread(decided.dropped)
+        dropped_T, left_TK = spread(decided.dropped), spread(decided.left)
         assert ids_TK is not None
         assert weights_TK is not None
         if context.valid is not None:
             padding_T1 = ~context.valid.unsqueeze(1)
             ids_TK, weights_TK = ids_TK.masked_fill(padding_T1, NONE), weights_TK.masked_fill(padding_T1, 0.0)
             dropped_T = None if dropped_T is None else dropped_T.masked_fill(padding_T1.squeeze(1), 0)
+            left_TK = None if left_TK is None else left_TK.masked_fill(padding_T1, NONE)
         return replace(
             decided,
             ids=ids_TK,
@@ -159,6 +167,7 @@ class Sparse(Router):
             state=spread(decided.state),
             dropped=dropped_T,
             valid=context.valid,
+            left=left_TK,
         )
 
 

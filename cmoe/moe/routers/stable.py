@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,7 +45,8 @@ class StableMoE(Scored):
     router, apart from the rest of the model, to choose alike. The second stage begins for experts that were learned for
     `after` training batches (or with `stage` 1 of the routing context): experts that are added later bring the first one
     back, for those who see them, until they too were. The batches are counted beside each expert's vectors, so that a
-    resumed run switches when it would have.
+    resumed run switches when it would have. Experts that are frozen before then learn no small router, and keep the first
+    stage for those who see them.
 
     Options:
         after: training batches of the first stage; a tenth of all in the paper.
@@ -64,6 +65,7 @@ class StableMoE(Scored):
     rank: PositiveInt = 50
     balance: NonNegative = 0.3
     distillation: NonNegative = 0.3
+    init_std: NonNegative = field(init=False, default=0.02)
 
     needs_with: ClassVar[dict[str, dict[str, tuple[str, ...]]]] = {
         "restrict": {"task": ("task",)},
@@ -141,6 +143,11 @@ class StableMoE(Scored):
 
     def experts_per_token(self, experts: ExpertView) -> int:
         return 1
+
+    def active_parameters(self) -> int:
+        # of an embedding, a token's own row
+        unseen = self.light.num_embeddings - 1 if isinstance(self.light, nn.Embedding) else 0
+        return super().active_parameters() - unseen * self.rank
 
 
 def balance_loss(scores_TE: Tensor, column_T: Tensor, valid: Tensor | None) -> Tensor:

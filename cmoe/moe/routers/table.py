@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmoe.moe.routing import RouteContext, Router, Routing, UniformRouting, score_dtype
+from cmoe.moe.routing import RouteContext, Router, Routing, UniformRouting, replayed, score_dtype
 from cmoe.moe.view import NONE, ExpertView
 
 
@@ -45,8 +45,10 @@ class TaskTable(Router):
         """Ids of the experts that work for a task label.
 
         Raises:
-            ValueError: none is assigned and `unassigned` is 'error', or none of them is visible.
+            ValueError: the label is negative, none is assigned and `unassigned` is 'error', or none of them is visible.
         """
+        if task < 0:
+            raise ValueError(f"task_table: expected task labels from 0, got {task}")
         ids = experts.tasks.get(task)
         if ids is None:
             if self.unassigned == "error":
@@ -64,8 +66,8 @@ class TaskTable(Router):
     def forward(self, x_TD: Tensor, context: RouteContext, experts: ExpertView) -> Routing:
         task = context.task
         if context.replay is not None:
-            experts.slice(context.visible).check(context.replay)
-            return self._equal(context.replay, x_TD, context, experts)
+            *_, left_TK = replayed(context.replay, experts.slice(context.visible))
+            return self._equal(context.replay.masked_fill(left_TK, NONE), x_TD, context, experts)
         if isinstance(task, int):
             ids = self.experts_of(task, experts, context.visible)
             return UniformRouting(ids, x_TD, context.valid, experts.ids)
@@ -76,8 +78,6 @@ class TaskTable(Router):
         k = max((len(ids) for ids in chosen.values()), default=1)
         rows = [[NONE] * k for _ in range(max(chosen, default=0) + 1)]
         for label, ids in chosen.items():
-            if label < 0:
-                raise ValueError(f"task_table: expected task labels from 0, got {label}")
             rows[label][: len(ids)] = ids
         table = torch.tensor(rows, dtype=torch.int64, device=task.device)
         return self._equal(table.index_select(0, task.to(torch.int64)), x_TD, context, experts)

@@ -284,6 +284,7 @@ def test_capacity_leaves_out_whom_the_policy_says(drop):
 
 def test_places_are_rounded_up():
     assert [capacity.places(f, 40, 5) for f in (1.0, 1.25, 1.01, 0.0)] == [8, 10, 9, 1]
+    assert capacity.places(1.1, 100, 10) == 11  # 11.000000000000002 in float64
 
 
 def test_hash_moves_few_tokens_when_an_expert_is_added():
@@ -356,6 +357,25 @@ def test_losses_against_their_formulas():
     counts = np.bincount(cols.numpy()[~absent.numpy()], minlength=4)
     expected = 4 * (counts / counts.sum() * p.mean(0)).sum()
     assert losses.switch_loss(probs, cols, None, absent).item() == pytest.approx(expected)
+    share = np.bincount(cols.numpy().flatten(), minlength=4) / 60
+    share[1:] = share[1:].mean()  # AdaMoE: each null with the mean of all
+    expected = 4 * (share * p.mean(0)).sum()
+    assert losses.switch_loss(probs, cols, alike=3).item() == pytest.approx(expected)
+
+
+def test_balance_losses_of_null_experts_and_of_gshard():
+    layer = make("null_experts", k=3, null=2).train()
+    scores = np.concatenate([linear(layer), x @ layer.router.nulls.detach().numpy().T], 1)
+    probs, chosen = softmax(scores), np.argsort(-scores, 1)[:, :3]
+    share = np.bincount(chosen.flatten(), minlength=EXPERTS + 2) / chosen.size
+    share[EXPERTS:] = share[EXPERTS:].mean()
+    wanted = 0.01 * (EXPERTS + 2) * (share * probs.mean(0)).sum()
+    assert route(layer).aux["switch"].item() == pytest.approx(wanted)
+    # GShard's algorithm 1 takes the loss before any second expert is drawn
+    layer = make("gshard").train()
+    probs = softmax(linear(layer))
+    share = np.bincount(probs.argmax(1), minlength=EXPERTS) / TOKENS
+    assert route(layer).aux["switch"].item() == pytest.approx(0.01 * EXPERTS * (share * probs.mean(0)).sum())
 
 
 def gelu(h):

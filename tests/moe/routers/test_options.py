@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -279,3 +280,94 @@ def test_scores_of_low_precision_are_products_in_float32(router: str, dtype: tor
     torch.testing.assert_close(a.weights, b.weights, rtol=1e-6, atol=1e-6)
     if a.logits is not None:
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-6, atol=1e-6)
+
+
+# -- options that do something --------------------------------------------------------------------------------------
+
+LOSSES = ("switch", "importance", "z", "entropy", "mutual_information", "orthogonality")
+
+
+@pytest.mark.parametrize("router", SCORED)
+def test_no_option_is_without_effect(router: str) -> None:
+    """A loss that a router takes reaches the router or the tokens; what could not is refused by its constructor."""
+    taken = {field.name for field in dataclasses.fields(ROUTERS[router]) if field.init}
+    for name in LOSSES:
+        if name not in taken:
+            with pytest.raises((TypeError, ValueError), match=name):
+                make(router, **{name: 0.1})
+            continue
+        more = {"k": 2} if router == "kmeans" else {}  # one expert's weight is 1
+        layer, x = make(router, **{name: 0.1}, **more).train(), inputs(GROUPS * LENGTH).requires_grad_()
+        context = RouteContext(task=torch.arange(len(x)) % 3, token_ids=torch.arange(len(x)))
+        loss = layer.router(x, context, layer.view).aux[name]
+        found = torch.autograd.grad(loss, [x, *layer.router.parameters()], allow_unused=True)
+        assert any(g is not None and float(g.abs().max()) > 1e-12 for g in found), name
+    if "init_std" in taken:
+        layers = [make(router, init_std=s).router.state_dict() for s in (0.02, 5.0)]
+        assert any(not torch.equal(a, b) for a, b in zip(*(layer.values() for layer in layers), strict=True))
+
+
+def test_orthogonality_is_of_those_that_are_visible() -> None:
+    layer, x = make("topk", orthogonality=0.1, switch=0.0).train(), inputs(7)
+    routing = layer.router(x, RouteContext(visible=(1, 3)), layer.view)
+    routing.aux["orthogonality"].backward()
+    gradient = layer.router.columns["0"].weight.grad
+    assert {e for e in range(EXPERTS) if gradient[e].any()} == {1, 3}
+
+
+def test_no_balance_loss_moves_the_backbone_of_a_router_that_learns_nothing_of_it() -> None:
+    for router in ("kmeans", "frozen_random"):
+        assert not make(router).train()(inputs(7))[1].aux
+
+
+# -- what routing costs ---------------------------------------------------------------------------------------------
+
+
+def test_parameters_and_operations_of_one_token() -> None:
+    d, e = DIM, EXPERTS
+
+    def cost(router: str, **options: Any) -> tuple[int, int]:
+        found = make(router, **options).router
+        return found.active_parameters(), found.flops_per_token()
+
+    assert cost("topk") == (d * e, 2 * d * e)
+    assert cost("per_task", tasks=16) == (d * e, 2 * d * e)  # one task's
+    assert cost("task_embedding", tasks=64, rank=3) == ((d + 3) * e + 3, 2 * (d + 3) * e)
+    assert cost("task_embedding", tasks=64, rank=3, alone=True) == (3 * e + 3, 2 * 3 * e)
+    assert cost("dselect_k", gate="task", tasks=4, k=2, bits=3) == (2 * 3 + 2, 2 * (2 * 3 + 2))
+    assert cost("kmeans") == cost("frozen_random") == (0, 2 * d * e)
+    assert cost("hash") == cost("random") == cost("task_table") == (0, 0)
+    assert cost("stable_moe", rank=4) == ((d + 4) * e + 4 * d, 2 * ((d + 4) * e + 4 * d))
+    assert cost("stable_moe", rank=4, distil="token_ids", vocabulary=99) == ((d + 4) * e + 4, 2 * ((d + 4) * e + 4))
+    # two halves of a query of three dimensions for each of four heads; a grid of 2 x 3 keys for five experts
+    assert cost("product_keys", heads=4, rank=3, k=2)[1] == 2 * (d * 4 * 2 * 3 + 4 * (2 + 3) * 3)
+    assert cost("attention") == (3 * d * e, 2 * 3 * d * e + 4 * e * e)
+    layer = make("per_task", tasks=16)
+    assert layer.parameter_counts()[1] == make("topk").parameter_counts()[1]
+    assert layer.flops_per_token() == make("topk").flops_per_token()
+
+
+# -- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ["per_task", "task_embedding", "task_table"])
+def test_negative_task_labels_are_refused(router: str) -> None:
+    layer = make(router)
+    for task in (-1, torch.tensor([0, -1, 1])):
+        with pytest.raises(ValueError, match="expected task labels from 0"):
+            layer(inputs(3), RouteContext(task=task))
+    with pytest.raises(ValueError, match="labels from 0"):
+        layer.add_experts(1, tasks=[2, -1])
+
+
+def test_a_state_survives_routing_apart_by_task() -> None:
+    layer, task = make("recurrent", restrict="task"), torch.arange(8) % 2
+    layer.assign([0, 1, 2], 0)
+    layer.assign([2, 3, 4], 1)
+    x, before = inputs(8), torch.randn(8, 32, dtype=torch.float64)
+    together = layer.router(x, RouteContext(task=task, state=before), layer.view)
+    for label in (0, 1):
+        own = task == label
+        alone = layer.router(x[own], RouteContext(task=label, state=before[own]), layer.view)
+        torch.testing.assert_close(together.state[own], alone.state)
+        assert torch.equal(together.ids[own], alone.ids)

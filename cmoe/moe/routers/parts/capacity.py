@@ -9,8 +9,12 @@ from torch import Tensor
 
 
 def places(factor: float, assignments: int, n: int) -> int:
-    """⌈factor · assignments / n⌉, at least 1: tokens that each of `n` experts takes."""
-    return max(1, math.ceil(factor * assignments / max(n, 1)))
+    """⌈factor · assignments / n⌉, at least 1: tokens that each of `n` experts takes.
+
+    A product that should be whole is not rounded up: 1.1 · 100 / 10 is 11.000000000000002 in float64.
+    """
+    exact = factor * assignments / max(n, 1)
+    return max(1, math.ceil(exact * (1 - 1e-12)))
 
 
 def over(

@@ -7,6 +7,7 @@ computed in at least float32: scores of bfloat16 tie and flip choices, and a CPU
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,23 @@ class Score(nn.Module):
     def finish(self, scores_TE: Tensor) -> Tensor:
         """What is done with the scores of all visible experts together."""
         return scores_TE
+
+    def vectors(self, columns: Any) -> Tensor:
+        """What tells one expert from another, (n, ...); for losses that draw experts apart."""
+        return columns.weight
+
+    def active(self, rows: Sequence[nn.Module]) -> int:
+        """How many parameters take part in scoring one token.
+
+        Args:
+            rows: what `new_columns` made, of all cohorts.
+        """
+        return sum(p.numel() for part in (self, *rows) for p in part.parameters())
+
+    def flops(self, rows: Sequence[nn.Module]) -> int:
+        """Floating point operations of scoring one token: each number that takes part is multiplied and added once."""
+        fixed = sum(b.numel() for part in rows for b in part.buffers() if b.is_floating_point())
+        return 2 * (self.active(rows) + fixed)
 
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
         """Scores (T, n) of one cohort's experts.
@@ -206,6 +224,9 @@ class Attention(Score):
         attention = (query.unsqueeze(2) * key.unsqueeze(1)).softmax(2)
         return torch.bmm(attention, value.unsqueeze(2)).squeeze(2)
 
+    def flops(self, rows: Sequence[Any]) -> int:
+        return super().flops(rows) + 4 * sum(len(own.query) for own in rows) ** 2  # all with all, twice
+
 
 class Recurrent(Score):
     """Layerwise recurrent router: a GRU carries a routing state from layer to layer; scores are its products with w."""
@@ -245,6 +266,15 @@ class Task(Score):
         for p in columns.parameters():
             p.normal_(0.0, self.init_std)
 
+    def vectors(self, columns: Any) -> Tensor:
+        return columns.task if self.alone else torch.cat([columns.weight, columns.task], 1)
+
+    def active(self, rows: Sequence[nn.Module]) -> int:
+        return super().active(rows) - (self.tasks - 1) * self.rank  # one row of the embedding
+
+    def flops(self, rows: Sequence[nn.Module]) -> int:
+        return super().flops(rows) - 2 * self.rank  # which is looked up
+
     def tokens(self, x_TD: Tensor, context: RouteContext) -> Tensor:
         label = torch.as_tensor(checked_label("task_embedding", context.task, self.tasks), device=x_TD.device)
         embedded = self.embedding(label).expand(x_TD.shape[0], -1)
@@ -269,6 +299,9 @@ class PerTask(Score):
     def tokens(self, x_TD: Tensor, context: RouteContext) -> tuple[Tensor, Tensor | int]:
         return exact(x_TD), checked_label("per_task", context.task, self.tasks)
 
+    def active(self, rows: Sequence[nn.Module]) -> int:
+        return super().active(rows) // self.tasks  # one task's vectors
+
     def forward(self, h: Any, columns: Any, ids: tuple[int, ...]) -> Tensor:
         x_TD, task = h
         if isinstance(task, int):
@@ -282,13 +315,14 @@ def checked_label(router: str, task: Tensor | int | None, tasks: int) -> Tensor 
     """The task label of a context.
 
     Raises:
-        ValueError: there is none, or it is not below `tasks`.
+        ValueError: there is none, or it is not from 0 to below `tasks`.
     """
     if task is None:
         raise ValueError(f"{router}: expected a task label in the context, got none")
-    highest = task if isinstance(task, int) else int(task.max()) if task.numel() else 0
-    if highest >= tasks:
-        raise ValueError(f"{router}: expected task labels below tasks={tasks}, got {highest}")
+    ends = (task, task) if isinstance(task, int) else task.aminmax() if task.numel() else (0, 0)
+    for end in map(int, ends):
+        if not 0 <= end < tasks:
+            raise ValueError(f"{router}: expected task labels from 0 to below tasks={tasks}, got {end}")
     return task
 
 

@@ -60,20 +60,19 @@ def positive(scores_TE: Tensor, floor: Tensor | float = 0.0, at_least_one: bool 
     return columns_TK, absent_TK
 
 
-def random_second(scores_TE: Tensor, generator: torch.Generator | None, training: bool) -> Selection:
-    """The best expert, and the second best with probability 2·g₂ (GShard); outside training always.
+def not_drawn(scores_TE: Tensor, columns_TK: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """Which second choices do not work: each does with probability 2·g₂ (GShard); None where there is no second.
 
     g₂ is the second gate after both were normed to a sum of 1, as in the paper's Algorithm 1: two equal gates always work
     together. (The port of NLLB in transformers draws by the gate among all experts.)
     """
-    columns_TK, _ = top_k(scores_TE, 2)
-    if columns_TK.shape[1] < 2 or not training:
-        return columns_TK, None
+    if columns_TK.shape[1] < 2:
+        return None
     second_T = scores_TE.gather(1, columns_TK).softmax(-1)[:, 1]
     drawn_T = torch.rand(second_T.shape, device=second_T.device, generator=generator)
     absent_TK = torch.zeros_like(columns_TK, dtype=torch.bool)
     absent_TK[:, 1] = drawn_T >= 2 * second_T
-    return columns_TK, absent_TK
+    return absent_TK
 
 
 def blocks(n: int, groups: int) -> list[tuple[int, int]]:
