@@ -20,6 +20,9 @@ SETTINGS = {
     "LwF": ["model.head=growing", "model.train_outputs=seen", "strategy=[{name: lwf, warm_up: true}]"],
     "optimizer goes on": ["optimizer={name: adam}", "optimizer.reset=never", "strategy=replay"],
     "networks of their own": ["stream.scenario=task", "strategy=separate"],
+    "class means": ["model.head=growing", "strategy=slda"],
+    "weights of tasks": ["stream.scenario=task", "strategy=packnet"],
+    "attention of tasks": ["stream.scenario=task", "strategy=[hat,online_ewc]"],
 }
 
 

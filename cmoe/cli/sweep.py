@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from cmoe.cli.common import DONE, FAILED, INTERRUPTED, Parser, UsageError, catalogue, data, emit
+from cmoe.cli.common import DONE, FAILED, INTERRUPTED, Parser, UsageError, catalogue, data, emit, table
 
 
 def add_arguments(parser: Parser) -> None:
@@ -19,6 +19,18 @@ def add_arguments(parser: Parser) -> None:
         help="values to combine, separated by commas, or a range like seed=0..4",
     )
     parser.add_argument("--only", metavar="LABEL", action="append", default=[], help="only this variant (repeatable)")
+    parser.add_argument(
+        "--select",
+        metavar="val:METRIC",
+        help="choose each method's setting on the validation split, then run it with fresh seeds on the test split",
+    )
+    parser.add_argument(
+        "--confirm",
+        metavar="N",
+        type=int,
+        default=0,
+        help="with --select: how many fresh seeds; default as many as before",
+    )
     add_jobs(parser)
 
 
@@ -30,11 +42,19 @@ def add_jobs(parser: Parser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     print(f"cmoe: reading {args.config}", file=sys.stderr, flush=True)
+    if args.confirm and not args.select:
+        raise UsageError("--confirm: expected --select beside it")
+    if args.select:
+        return select(args)
     plans = plans_of(args)
+    jobs = run_all(args, plans)
+    return _finish(args, plans, jobs, summary(jobs))
+
+
+def _finish(args: argparse.Namespace, plans: list[Any], jobs: list[Any], document: dict[str, Any]) -> int:
+    """Compare what is finished, and say how it went."""
     from cmoe.cli.results import show_comparison, write_comparison
 
-    jobs = run_all(args, plans)
-    document = summary(jobs)
     if any(j.status in ("finished", "skipped") for j in jobs):
         experiment, root = plans[0].experiment, plans[0].tracking["root"]
         from pathlib import Path
@@ -50,19 +70,62 @@ def main(args: argparse.Namespace) -> int:
 
 def plans_of(args: argparse.Namespace) -> list[Any]:
     """Every plan of the grid; what varies beside the strategy becomes part of the label."""
-    from cmoe.config.study import grid, label_grid, read_study
+    from cmoe.selection import settings
 
-    found, plans = catalogue(args), []
-    for combination in grid(args.overrides):
-        extra = label_grid(args.overrides, combination)
-        for plan in read_study(args.config, combination, found, args.only).plans:
-            if extra and not any(o.startswith("label=") for o in args.overrides):
-                plan.run["label"] = f"{plan.label} {extra}"
-            plans.append(plan)
+    found = settings(args.config, args.overrides, catalogue(args), args.only)
+    if not any(o.startswith("label=") for o in args.overrides):
+        _labelled(found)
     hashes: dict[str, Any] = {}
-    for plan in plans:
+    for plan in (plan for setting in found for plan in setting.plans):
         hashes.setdefault(plan.hash, plan)
     return list(hashes.values())
+
+
+def _labelled(found: list[Any]) -> None:
+    for setting in found:
+        for plan in setting.plans:
+            plan.run["label"] = setting.label
+
+
+def select(args: argparse.Namespace) -> int:
+    """Run the grid on the validation split, choose for each method, and run what is chosen with fresh seeds on the test
+    split."""
+    from cmoe.config.study import read_study
+    from cmoe.selection import choose, confirmed, equal_budget, fresh_seeds, settings, wanted
+
+    metric, found = wanted(args.select), catalogue(args)
+    study = read_study(args.config, [o for o in args.overrides if o.startswith("experiment=")], found)
+    experiment = study.plans[0].experiment
+    more = ["evaluation.split=validation", f"experiment={experiment}_selection"]
+    tried = settings(args.config, args.overrides, found, args.only, more)
+    budget = equal_budget(tried)
+    methods = len({s.method for s in tried})
+    seeds = fresh_seeds(tried)
+    if args.confirm < 0:
+        raise UsageError(f"--confirm: expected a number from 1, got {args.confirm}")
+    if args.confirm:
+        seeds = list(range(seeds[0], seeds[0] + args.confirm))
+    _labelled(tried)
+    print(f"cmoe: {methods} methods with {budget} settings each, on the validation split", file=sys.stderr, flush=True)
+    jobs = run_all(args, [plan for setting in tried for plan in setting.plans])
+    document: dict[str, Any] = {"metric": metric, "selection": summary(jobs)["runs"]}
+    if any(j.status not in ("finished", "skipped") for j in jobs):
+        emit(args, document)
+        return exit_code(jobs)
+    value = {id(j.plan): (j.facts or {}).get("metrics", {}).get(metric) for j in jobs}
+    choices = choose(tried, metric, lambda plan: value[id(plan)])
+    document["chosen"] = [
+        {"method": c.setting.method, "setting": list(c.setting.values), "mean": c.mean, "tried": c.tried}
+        for c in choices
+    ]
+    if not args.json:
+        rows = [["method", "tried", f"{metric} (validation)", "chosen"]]
+        rows += [[c.setting.method, str(c.tried), f"{c.mean:.4f}", ", ".join(c.setting.values)] for c in choices]
+        print(table(rows, indent="  "), flush=True)
+    plans = confirmed(args.config, choices, seeds, found)
+    print(f"cmoe: what was chosen, on the test split with seeds {seeds[0]} to {seeds[-1]}", file=sys.stderr, flush=True)
+    final = run_all(args, plans)
+    return _finish(args, plans, final, {**document, **summary(final)})
 
 
 def run_all(args: argparse.Namespace, plans: list[Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 A study is a configuration with a section `variants`, a mapping from a label to what that variant changes; `seeds`
 (a number, or a list) says how often each is repeated by `cmoe reproduce`, and `published` holds the figures that it is
-held against.
+held against. `grid`, of the file or of a variant, maps keys to lists of values that `cmoe sweep` combines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cmoe.config.where import COMMAND_LINE, ConfigError, Where, show
 from cmoe.errors import nearest
 from cmoe.plugins import Catalogue
 
-SECTIONS = ("variants", "seeds", "published")
+SECTIONS = ("variants", "seeds", "published", "grid")
 
 
 @dataclass
@@ -33,11 +33,13 @@ class Study:
         plans: one for each variant (or the one that the file is), in order.
         seeds: what `cmoe reproduce` repeats each variant with.
         published: the section of that name.
+        grids: values by key that a sweep combines, for each variant's label; '' is for plans that are no variant.
     """
 
     plans: list[Plan]
     seeds: list[int] = field(default_factory=lambda: [0])
     published: dict[str, Any] = field(default_factory=dict)
+    grids: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
 
 def read_study(
@@ -71,6 +73,7 @@ def read_study(
                 f"--only: expected a variant ({names}), got '{unknown[0]}'{nearest(unknown[0], variants or {})}"
             )
     study = Study([], _seeds(*taken["seeds"]), _published(*taken["published"]))
+    study.grids[""] = _grid(*taken["grid"])
     if variants is None:
         study.plans = [resolve(tree, overrides, catalogue)]
         return study
@@ -82,6 +85,9 @@ def read_study(
         own = copy.deepcopy(tree)
         if not isinstance(change, dict):
             raise Where(where.source, f"variants.{label}").expected("a mapping of keys to change", show(change))
+        change = dict(change)
+        values = _grid(change.pop("grid", None), Where(where.source, f"variants.{label}.grid"))
+        study.grids[str(label)] = {**study.grids[""], **values}
         own.merge({"label": str(label), **change}, f"{where.source}: variants.{label}")
         study.plans.append(resolve(own, overrides, catalogue))
     return study
@@ -111,6 +117,14 @@ def _published(value: Any, where: Where) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("rows"), dict):
         raise where.expected("a mapping with `rows`, from labels to published figures", show(value))
     return value
+
+
+def _grid(value: Any, where: Where) -> dict[str, list[Any]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, list) and v for v in value.values()):
+        raise where.expected("a mapping from keys like optimizer.lr to lists of values", show(value))
+    return {str(key): list(values) for key, values in value.items()}
 
 
 def grid(overrides: Sequence[str]) -> list[list[str]]:

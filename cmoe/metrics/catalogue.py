@@ -75,6 +75,20 @@ def compute(
     return out
 
 
+def metric_names() -> list[str]:
+    """Every name that `compute` may give a value."""
+    names = dict.fromkeys(name for views in VIEWS.values() for name in views)
+    return [f"{name}/{metric}" for name in names for metric in _names(name)]
+
+
+def lower_is_better(name: str) -> bool:
+    """Of a name that `compute` gives: forgetting, errors of calibration, and whatever is in bits per byte but a transfer."""
+    view_name, _, metric = name.partition("/")
+    if metric.startswith("forgetting") or metric in ("intransigence", "recency_bias", *CALIBRATION):
+        return True
+    return view_name == "bits_per_byte" and metric in MEANS.values()
+
+
 _NO_VIEW = {
     "class_il": "no prediction without a task label was recorded",
     "task_il": "no prediction with a task label was recorded",

@@ -8,28 +8,46 @@ from cmoe.strategies.consistency import Consistency
 from cmoe.strategies.cumulative import Cumulative
 from cmoe.strategies.der import DER
 from cmoe.strategies.er_ace import ERACE
+from cmoe.strategies.ewc import EWC
 from cmoe.strategies.expand import Expand
 from cmoe.strategies.fdr import FDR
 from cmoe.strategies.gdumb import GDumb
 from cmoe.strategies.gem import GEM
+from cmoe.strategies.hat import HAT
+from cmoe.strategies.icarl import ICaRL
 from cmoe.strategies.joint import Joint
 from cmoe.strategies.lwf import LwF
+from cmoe.strategies.mas import MAS
 from cmoe.strategies.merge_experts import MergeExperts
 from cmoe.strategies.mir import MIR
 from cmoe.strategies.naive import Naive
+from cmoe.strategies.ncm import NCM
 from cmoe.strategies.online_ewc import OnlineEWC
+from cmoe.strategies.packnet import PackNet
+from cmoe.strategies.pnn import PNN
 from cmoe.strategies.prune import Prune
 from cmoe.strategies.replay import Replay
+from cmoe.strategies.rwalk import RWalk
 from cmoe.strategies.separate import Separate
+from cmoe.strategies.si import SI
+from cmoe.strategies.slda import SLDA
 from cmoe.strategies.upcycle import Upcycle
+from cmoe.strategies.xdg import XdG
 
 __all__ = [
     "AGEM",
     "DER",
     "ERACE",
+    "EWC",
     "FDR",
     "GEM",
+    "HAT",
+    "MAS",
     "MIR",
+    "NCM",
+    "PNN",
+    "SI",
+    "SLDA",
     "Avalanche",
     "Collapse",
     "Consistency",
@@ -37,16 +55,20 @@ __all__ = [
     "Cumulative",
     "Expand",
     "GDumb",
+    "ICaRL",
     "Joint",
     "LwF",
     "MergeExperts",
     "Naive",
     "OnlineEWC",
+    "PackNet",
     "Phase",
     "Prune",
+    "RWalk",
     "Replay",
     "Segment",
     "Separate",
     "Strategy",
     "Upcycle",
+    "XdG",
 ]

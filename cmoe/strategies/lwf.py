@@ -11,6 +11,7 @@ from cmoe.config.types import NonNegative, Positive
 from cmoe.learners.batch import Batch
 from cmoe.learners.model import Model, Output
 from cmoe.strategies.base import Phase, Segment, Strategy
+from cmoe.strategies.teacher import as_it_is, restored, state_of
 
 
 class LwF(Strategy):
@@ -75,13 +76,7 @@ class LwF(Strategy):
 
     def _remember(self) -> None:
         """Take the present network as the teacher."""
-        self._take(self.context.model.structure(), self.context.model.state_dict())
-
-    def _take(self, structure: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        teacher = self.context.fresh_model("teacher")
-        teacher.restore_structure(structure)
-        teacher.load_state_dict(weights)
-        self.teacher = teacher.to(self.context.device).eval().requires_grad_(False)
+        self.teacher = as_it_is(self.context)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         losses = {}
@@ -125,10 +120,7 @@ class LwF(Strategy):
         self._before = range(segment.experiences[0])
 
     def state_dict(self) -> dict[str, Any]:
-        if self.teacher is None:
-            return {}
-        return {"structure": self.teacher.structure(), "weights": self.teacher.state_dict()}
+        return state_of(self.teacher)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self._take(state["structure"], state["weights"])
+        self.teacher = restored(self.context, state)

@@ -23,6 +23,13 @@ ALONE: dict[str, dict[str, Any]] = {
     "expand": {"name": "expand"},
     "cumulative": {"name": "cumulative"},
 }
+# all penalties at once have a test of their own
+PENALTIES: dict[str, dict[str, Any]] = {
+    "ewc": {"name": "ewc", "strength": 10.0, "samples": 4},
+    "si": {"name": "si", "strength": 10.0},
+    "mas": {"name": "mas", "strength": 10.0, "samples": 4},
+    "rwalk": {"name": "rwalk", "strength": 10.0, "interval": 2},
+}
 SMALL = {"stream": {"limit": 2}, "trainer": {"max_steps": 3}, "model": {"moe": LEARNED}}
 
 
@@ -41,6 +48,13 @@ def whole(of: Session) -> None:
 @pytest.mark.parametrize(("first", "second"), list(permutations(list(ALONE)[1:], 2)))
 def test_every_two_run(tmp_path: Path, first: str, second: str) -> None:
     whole(run(tmp_path, SMALL, {"strategy": [ALONE[first], ALONE[second]]}))
+
+
+@pytest.mark.parametrize("other", list(ALONE)[1:])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalties_run_beside_each(tmp_path: Path, penalty: str, other: str) -> None:
+    pair = [PENALTIES[penalty], ALONE[other]]
+    whole(run(tmp_path, SMALL, {"strategy": pair if len(penalty + other) % 2 else pair[::-1]}))
 
 
 @pytest.mark.parametrize("first", ALONE)
