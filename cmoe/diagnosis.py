@@ -54,7 +54,7 @@ def diagnose(
     }
     if level != "all":
         return document
-    own = [s for s in evaluator.strategies if s.owns_predict]
+    own = [s for s in evaluator.strategies if s.owns_predict or s.infers_task]
     if own:
         document["reasons"]["experts"] = f"strategy {type(own[0]).__name__} has its own way to predict"
         return document

@@ -14,6 +14,7 @@ from cmoe.learners import Model
 from cmoe.learners.evaluate import Outputs, Predictions, Traffic, classify, model_language
 from cmoe.metrics import Column, Record
 from cmoe.strategies import Strategy
+from cmoe.strategies.deciding import deciding
 from cmoe.streams import Experience, Split, Stream, evaluation_batches
 
 Load = dict[str, dict[int, int]]
@@ -95,8 +96,7 @@ class Evaluator:
         return row
 
     def _predict(self, experience: Experience, seen: Sequence[int]) -> Predictions:
-        own = [s.predict for s in self.strategies if s.owns_predict]
-        predict = own[0] if own else None
+        predict = deciding(self.strategies)
         batches = self.batches(experience, self.split(experience), self.plan.evaluation["batch_size"])
         task, device = experience.index, self.placement.device
         closely = self.plan.evaluation["diagnostics"] != "none"
@@ -117,7 +117,7 @@ class Evaluator:
         free: Tensor | None = head.columns(seen) if mode == "seen" else None
         # the same classes in every experience: the label tells something only where the model uses it
         labelled = self.stream.scenario != "domain" or head.kind == "multi" or self.model.needs_task()
-        labelled = labelled or any(s.owns_predict for s in self.strategies)
+        labelled = labelled or any(s.owns_predict or s.infers_task for s in self.strategies)
         return Outputs(
             free=free,
             task=head.columns(experience.classes, experience.index),

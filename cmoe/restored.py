@@ -24,6 +24,7 @@ from cmoe.moe import RouteContext
 from cmoe.plugins import Catalogue
 from cmoe.rundir import RunFolder
 from cmoe.strategies import Context, Strategy
+from cmoe.strategies.deciding import Predict, deciding
 from cmoe.streams import Stream
 
 State = dict[str, Any]
@@ -40,6 +41,8 @@ class Restored:
         model: in evaluation mode.
         state: what it was restored from: `structure`, `model`, `seen` (classes), `learned` (experiences) and
             `strategies` (state of each that has its own decision rule, by position, else None).
+        deciding: a strategy's own decision rule; None is the model's.
+        infers: whether a strategy infers the task label.
         notes: what a user should know about it.
     """
 
@@ -49,14 +52,15 @@ class Restored:
     model: Model
     placement: Placement
     state: State
-    deciding: Strategy | None = None
+    deciding: Predict | None = None
+    infers: bool = False
     notes: list[str] = field(default_factory=list)
 
     # -- the task label -----------------------------------------------------------------------------------------
 
     def why_task(self) -> str | None:
         """Why a prediction needs the task label, in words; None when it does not."""
-        if self.model.needs_task():
+        if self.model.needs_task() and not self.infers:
             return "its router chooses experts by the task label"
         if self.model.head.kind == "multi" and self.stream.language:
             return "every task has outputs of its own"
@@ -68,7 +72,7 @@ class Restored:
             probe = self.raw_like(1)
             x = self.inputs(probe, 0)
             with torch.inference_mode(), self.placement.forward():
-                if self.deciding.predict(x, None) is None:
+                if self.deciding(x, None) is None:
                     return f"the strategy {self.plan.strategies} decides by the task label"
         return None
 
@@ -108,7 +112,7 @@ class Restored:
         """Logits (B, U) of all outputs for raw samples (B, ...), by the run's own decision rule."""
         with torch.inference_mode(), self.placement.forward():
             x = self.inputs(raw, task)
-            own = self.deciding.predict(x, task) if self.deciding is not None else None
+            own = self.deciding(x, task) if self.deciding is not None else None
             return own if own is not None else self.model(x, RouteContext(task=task)).logits
 
     def columns(self, task: int | None) -> Tensor:
@@ -158,7 +162,7 @@ class Restored:
         for part in raw.split(self.plan.evaluation["batch_size"]):
             tokens = self.inputs(part, task)
             batches.append((tokens[:, :-1], tokens[:, 1:]))
-        predict = self.deciding.predict if self.deciding is not None else None
+        predict = self.deciding
         with self.placement.forward():
             arrays = model_language(self.model, batches, task or 0, predict, self.placement.device).arrays
         count = int(arrays["tokens"].sum())
@@ -233,15 +237,18 @@ def assemble(
     model.to(placement.device, placement.dtype).eval()
     restored = Restored(run_id, plan, stream, model, placement, dict(state), notes=list(notes))
     kept: list[Any] = []
+    deciders: list[Strategy] = []
     for spec, saved in zip(plan.strategy, state["strategies"], strict=True):
         # the others' states (buffers of samples, old networks) are for training alone
-        owns = cast("type[Strategy]", catalogue.find("strategy", spec["name"]).load()).owns_predict
-        kept.append(saved if owns else None)
-        if owns:
+        kind = cast("type[Strategy]", catalogue.find("strategy", spec["name"]).load())
+        decides = kind.owns_predict or kind.infers_task
+        kept.append(saved if decides else None)
+        if decides:
             strategy = component(catalogue, "strategy", spec)
             strategy.setup(_context(restored, build))
             strategy.load_state_dict(saved)
-            restored.deciding = strategy
+            deciders.append(strategy)
+    restored.deciding, restored.infers = deciding(deciders), any(s.infers_task for s in deciders)
     restored.state["strategies"] = kept
     return restored
 

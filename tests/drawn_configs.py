@@ -57,6 +57,7 @@ HINTS: Hints = {
     "optimizer.*.eps": [LEAVE],
     "strategy.avalanche.strategy": ["Naive", "Replay", "EWC", "LwF", "SynapticIntelligence"],
     "strategy.avalanche.options": [LEAVE],
+    "router.*.z": [0.0, 0.001, 0.01],  # it is of squares of scores: a large weight diverges as a large rate does
     "model.moe.experts": [1, 2, 3, 4],
     "model.moe.hidden": [LEAVE, 4, 8],
     "model.moe.layers": [LEAVE, LEAVE, "last", "alternate", [0], [-1]],

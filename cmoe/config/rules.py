@@ -106,6 +106,17 @@ def one_owner_of_predict(view: View) -> None:
         view.refuse(owners[1][0], "one strategy with its own way to predict", names)
 
 
+def one_inference_of_the_task(view: View) -> None:
+    inferring = [(k, n) for k, n in view.strategies() if view.attribute(k, "infers_task", False)]
+    if len(inferring) > 1:
+        names = " and ".join(f"'{n}'" for _, n in inferring)
+        view.refuse(inferring[1][0], "one strategy that infers the task", names)
+
+
+def infers_task(view: View) -> bool:
+    return any(view.attribute(k, "infers_task", False) for k, _ in view.strategies())
+
+
 def one_owner_of_gradients(view: View) -> None:
     owners = [(k, n) for k, n in view.strategies() if view.attribute(k, "owns_gradients", False)]
     if len(owners) > 1:
@@ -254,6 +265,8 @@ def frozen_beside_new_weights(view: View) -> None:
 
 def label_for_router(view: View) -> None:
     scenario = view.plan.stream.get("scenario")
+    if infers_task(view) and scenario != "online":
+        return
     for key, router in view.routers():
         if {"task", "task_label"} & view.needs(key) and scenario is not None and scenario not in LABELLED:
             view.refuse(
@@ -292,6 +305,8 @@ def tokens_for_router(view: View) -> None:
 
 def label_for_strategy(view: View) -> None:
     scenario = view.plan.stream.get("scenario")
+    if infers_task(view) and scenario != "online":
+        return
     for key, name in view.strategies():
         needs = view.needs(key)
         if {"task", "task_label"} & needs and scenario is not None and scenario not in LABELLED:
@@ -421,6 +436,7 @@ RULES: tuple[Callable[[View], None], ...] = (
     each_strategy_once,
     one_owner_of_data,
     one_owner_of_predict,
+    one_inference_of_the_task,
     one_owner_of_gradients,
     owner_of_loop_alone,
     native_loop_has_no_extras,

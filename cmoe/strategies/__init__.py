@@ -15,6 +15,11 @@ from cmoe.strategies.gdumb import GDumb
 from cmoe.strategies.gem import GEM
 from cmoe.strategies.hat import HAT
 from cmoe.strategies.icarl import ICaRL
+from cmoe.strategies.infer_autoencoder import InferAutoencoder
+from cmoe.strategies.infer_entropy import InferEntropy
+from cmoe.strategies.infer_gaussian import InferGaussian
+from cmoe.strategies.infer_prototype import InferPrototype
+from cmoe.strategies.infer_task import InferTask
 from cmoe.strategies.joint import Joint
 from cmoe.strategies.lwf import LwF
 from cmoe.strategies.mas import MAS
@@ -56,6 +61,11 @@ __all__ = [
     "Expand",
     "GDumb",
     "ICaRL",
+    "InferAutoencoder",
+    "InferEntropy",
+    "InferGaussian",
+    "InferPrototype",
+    "InferTask",
     "Joint",
     "LwF",
     "MergeExperts",
