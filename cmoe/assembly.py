@@ -92,6 +92,7 @@ def make_model(plan: Plan, catalogue: Catalogue, stream: Stream, purpose: str = 
     if experts is not None and backbone.causal:
         _refuse_future(model)
     _refuse_grouped(model, plan.trainer["precision"])
+    _refuse_few_labels(model, plan.stream.get("limit") or len(stream.experiences))
     return model
 
 
@@ -143,6 +144,16 @@ def _refuse_grouped(model: Model, precision: str) -> None:
                 raise UserError(
                     f"model.moe.dispatch: expected 'auto', 'loop' or 'bmm', as 'grouped' {refusal} ({name})"
                 )
+
+
+def _refuse_few_labels(model: Model, experiences: int) -> None:
+    """A router with something of its own for each task label needs one for each experience."""
+    for layer in model.moe_layers().values():
+        tasks = getattr(layer.router, "tasks", experiences)
+        if "task" in layer.router.needs and tasks < experiences:
+            raise UserError(
+                f"model.moe.router.tasks: expected at least {experiences}, a label for each experience, got {tasks}"
+            )
 
 
 def make_objective(plan: Plan, stream: Stream, head: Head) -> Objective:

@@ -130,6 +130,8 @@ CONFIGS: dict[str, Case] = {
         "model.moe={more: [{expert: copy}]}", said=("model.moe.more.0.expert", "copy", "64", "100")),
     "grouped products of odd sizes": over(
         "model={hidden: [6], moe: {dispatch: grouped}}", said=("model.moe.dispatch", "'loop'", "multiples of 16 bytes")),
+    "fewer labels than experiences": over(
+        "model.moe={router: {name: per_task, tasks: 2}}", "stream.scenario=task", said=("model.moe.router.tasks", "at least")),
     "convolutions on tokens": over(
         "model.moe={expert: conv}", said=("model.moe.expert", "tokens", "'conv', on feature maps")),
     "separate networks that expand": over(

@@ -42,6 +42,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "infer_entropy": "cmoe.strategies.infer_entropy:InferEntropy",
         "consistency": "cmoe.strategies.consistency:Consistency",
         "expand": "cmoe.strategies.expand:Expand",
+        "seed": "cmoe.strategies.seed:SEED",
         "prune": "cmoe.strategies.prune:Prune",
         "merge_experts": "cmoe.strategies.merge_experts:MergeExperts",
         "upcycle": "cmoe.strategies.upcycle:Upcycle",

@@ -33,6 +33,7 @@ from cmoe.strategies.pnn import PNN
 from cmoe.strategies.prune import Prune
 from cmoe.strategies.replay import Replay
 from cmoe.strategies.rwalk import RWalk
+from cmoe.strategies.seed import SEED
 from cmoe.strategies.separate import Separate
 from cmoe.strategies.si import SI
 from cmoe.strategies.slda import SLDA
@@ -51,6 +52,7 @@ __all__ = [
     "MIR",
     "NCM",
     "PNN",
+    "SEED",
     "SI",
     "SLDA",
     "Avalanche",

@@ -148,7 +148,7 @@ class Strategy(StepHooks):
     Attributes:
         owns_data: it decides what a segment trains on.
         owns_predict: it has its own decision rule.
-        infers_task: it says which task a sample is of where no label is given (`cmoe.strategies.infer_task`).
+        infers_task: with it a run decides without the task label, whatever needs one (`cmoe.strategies.infer_task`).
         owns_loop: it runs the training of an experience itself, and stands alone.
         needs_boundaries: it must know where experiences end.
         extendable: a finished run with it can learn further experiences.

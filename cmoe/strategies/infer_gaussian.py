@@ -10,6 +10,7 @@ from torch import Tensor
 from cmoe.config.types import Probability
 from cmoe.errors import UserError
 from cmoe.strategies.base import Context
+from cmoe.strategies.gaussians import log_density, shrunk
 from cmoe.strategies.infer_task import Answer, InferTask
 
 
@@ -68,20 +69,14 @@ class InferGaussian(InferTask):
         whose = key if self.covariance == "class" else (-1, -1)
         if whose not in self._factors:
             covariance = self.scatter[whose] / max(self.count[whose], 1)
-            scale = covariance.diagonal().mean().clamp(min=1e-12)
-            shrunk = (1 - self.shrinkage) * covariance
-            shrunk.diagonal().add_(self.shrinkage * scale)
-            self._factors[whose] = torch.linalg.cholesky(shrunk)
+            self._factors[whose] = torch.linalg.cholesky(shrunk(covariance, self.shrinkage))
         return self._factors[whose]
 
     def scores(self, x: Tensor, answer: Answer) -> Tensor:
         x_BD = self.looked_at(x)
         of_task: dict[int, list[Tensor]] = {e: [] for e in self.known}
         for key, mean in self.mean.items():
-            factor = self._factor(key)
-            white = torch.linalg.solve_triangular(factor, (x_BD - mean).T, upper=False)
-            density_B = -0.5 * white.square().sum(0) - factor.diagonal().log().sum()
-            of_task[key[0]].append(density_B)
+            of_task[key[0]].append(log_density(x_BD, mean, self._factor(key)))
         return torch.stack([torch.stack(of_task[e], 1).logsumexp(1) for e in self.known], 1)
 
     def tensors(self) -> list[Tensor]:
