@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from cmoe import api
 from cmoe.errors import UserError
 from cmoe.rundir import RunFolder
 from cmoe.streams.data import data_folder
+
+from .drawing import undrawn
 
 SETTINGS = {
     "expand and replay, learned router": ["strategy=[expand,replay]", "model.moe={experts: 2}", "model.dropout=0.1"],
@@ -24,6 +27,13 @@ SETTINGS = {
     "weights of tasks": ["stream.scenario=task", "strategy=packnet"],
     "attention of tasks": ["stream.scenario=task", "strategy=[hat,online_ewc]"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        undrawn(patch.setattr)
+        yield
 
 
 def trained(root: Path, *overrides: str) -> RunFolder:

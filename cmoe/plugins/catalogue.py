@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Collection, Sequence
@@ -181,17 +182,27 @@ class Catalogue:
         return found
 
     def _points(self, kind: str) -> dict[str, Entry]:
-        from importlib.metadata import entry_points
-
         found = {}
         for group in (g for g, k in GROUPS.items() if k == kind):
-            for point in entry_points(group=group):
+            for point in _entry_points(tuple(sys.path)).select(group=group):
                 origin = f"entry point of {point.dist.name if point.dist else 'an installed package'}"
                 try:
                     found[point.name] = _entry(kind, point.name, point_class(point.value), origin, point.module)
                 except Unreadable as e:
                     self.broken.append((Path(f"{group}: {point.name} = {point.value}"), str(e)))
         return found
+
+
+@functools.lru_cache(maxsize=4)
+def _entry_points(path: tuple[str, ...]) -> Any:
+    """Those of all installed packages; looking through them takes longer than all else that is read here.
+
+    Args:
+        path: `sys.path`, where they are looked for.
+    """
+    from importlib.metadata import entry_points
+
+    return entry_points()
 
 
 def fingerprint(entries: Collection[Entry]) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.drawing import undrawn
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed() -> Iterator[None]:
@@ -26,4 +28,4 @@ def _one_thread_and_a_seed() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is four fifths of a small run's time; the tests of tracking look at the pictures."""
-    monkeypatch.setattr("cmoe.tracking.figures.png", lambda figure: b"")
+    undrawn(monkeypatch.setattr)
