@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import pytest
 
 # before anything computes: two OpenMP threads per worker would fight over the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell without job control starts what it runs in the background deaf to Ctrl-C, and what that starts too: tests that
+# interrupt a process would wait in vain
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
