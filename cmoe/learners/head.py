@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 SHARED = -1
+NEVER = -1e30  # logit of an output that is not to be chosen; −∞ would make NaN where no allowed output can be
 
 
 class Head(nn.Module):

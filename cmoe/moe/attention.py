@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmoe.moe.dispatch import Path, Sorted, distributed, on_host
+from cmoe.moe.dispatch import Path, Sorted, on_host
 from cmoe.moe.experts import Expert, Linear
 from cmoe.moe.experts.base import LinearMap, init_linear
 from cmoe.moe.kinds import Spec
 from cmoe.moe.layer import MoELayer
+from cmoe.moe.processes import distributed
 from cmoe.moe.routing import RouteContext, Routing, UniformRouting, score_dtype
 
 
@@ -224,7 +225,7 @@ class HeadLayer(MoELayer):
         x_TD, context, routing = self._routed(x, context)
         dropout = self.dropout if self.training else 0.0
         y_TO = self._attended(x_TD, routing, Places(x.shape[:2], layout, context.valid, causal, dropout))
-        y_TO = self.in_graph(self._for_valid(y_TO, context), routing)
+        y_TO = self.for_others(self._for_valid(y_TO, context), routing)
         return y_TO.view(*x.shape[:-1], self.out_dim), routing
 
     def _attended(self, x_TD: Tensor, routing: Routing, places: Places) -> Tensor:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmoe.moe.gather import pays
 from cmoe.moe.grouped import LOW, float32_is_faster
+from cmoe.moe.processes import distributed
 from cmoe.moe.view import ExpertView
 
 if TYPE_CHECKING:
@@ -216,11 +217,6 @@ def maybe_again(recompute: bool, run: Callable[..., Tensor], *args: object) -> T
     if recompute and torch.is_grad_enabled():
         return checkpoint(run, *args, use_reentrant=False)
     return run(*args)
-
-
-def distributed() -> bool:
-    """Whether other processes wait for every parameter's gradient, those of experts without a token included."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 # -- which way to multiply ------------------------------------------------------------------------------------------

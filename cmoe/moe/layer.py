@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cmoe.moe import lifecycle, soft
-from cmoe.moe.dispatch import PATHS, Path, dispatch, distributed, each_assignment, maybe_again
+from cmoe.moe.dispatch import PATHS, Path, dispatch, each_assignment, maybe_again
 from cmoe.moe.experts import EXPERTS, Cohorts, Expert
 from cmoe.moe.kinds import Kind, Spec, resolve
 from cmoe.moe.losses import mutual_distillation_loss
 from cmoe.moe.merging import Weights
 from cmoe.moe.optimizer import ParameterChange
+from cmoe.moe.processes import distributed, reached
 from cmoe.moe.routers import ROUTERS
 from cmoe.moe.routing import (
     NO_CONTEXT,
@@ -150,20 +151,15 @@ class MoELayer(nn.Module):
             y_TO = y_TO + self._for_valid(maybe_again(self.recompute, self._shared, x_TD), context)
         if self.base is not None:
             y_TO = y_TO + self._for_valid(self.base(x_TD), context)
-        return self.in_graph(y_TO, routing).reshape(*x.shape[:-1], self.out_dim), routing
+        return self.for_others(y_TO, routing).reshape(*x.shape[:-1], self.out_dim), routing
 
-    def in_graph(self, y_TO: Tensor, routing: Routing) -> Tensor:
-        """y, after which every parameter gets a gradient where other processes wait for it, be it 0.
-
-        `DistributedDataParallel` reduces a parameter when its gradient is there: those of experts that this batch may not
-        see, and of routers that only look them up, would never come.
-        """
-        if not (self.training and distributed() and torch.is_grad_enabled()):
+    def for_others(self, y_TO: Tensor, routing: Routing) -> Tensor:
+        """y, with gradients for other processes also of what this batch may not see, and of rows that routers only look up."""
+        if not (self.training and distributed()):
             return y_TO
         seen = set(routing.experts if isinstance(routing, UniformRouting) else routing.columns)
         unseen = [self.cohorts[key] for key, ids in self.cohort_ids.items() if seen.isdisjoint(ids)]
-        idle = [p for module in (self.router, *unseen) for p in module.parameters() if p.requires_grad]
-        return Reached.apply(y_TO, *idle) if idle else y_TO
+        return reached(y_TO, (self.router, *unseen))
 
     def _routed(self, x: Tensor, context: RouteContext | None) -> tuple[Tensor, RouteContext, Routing]:
         """The units one after the other, (T, D) or (T, ..., D), their context, and where each goes."""
@@ -550,19 +546,6 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, out_dim={self.out_dim}, experts={len(self.ids)}, dispatch={self.dispatch}"
-
-
-class Reached(torch.autograd.Function):
-    """y as it is, with a gradient of 0 for parameters that have no part in it."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return (gradients[0], *(torch.zeros_like(p) for p in ctx.saved_tensors))
 
 
 def _masked(y_TO: Tensor, valid_T: Tensor) -> Tensor:

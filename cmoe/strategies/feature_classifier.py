@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from cmoe.errors import UserError
+from cmoe.learners.head import NEVER
 from cmoe.strategies.base import Context, Phase, Segment, Strategy
 from cmoe.strategies.beside import refuse_beside
+from cmoe.strategies.look import AT_ONCE
 from cmoe.streams import evaluation_batches
-
-AT_ONCE = 256
-NEVER = -1e30  # logit of an output without samples; −∞ would make NaN where no allowed output has any
 
 _EXPERTS = "it changes the network that the features come from"
 _DRAWS = "it would draw that network anew"

@@ -12,12 +12,13 @@ from torch import Tensor
 from cmoe.config.types import NonNegative, PositiveInt
 from cmoe.errors import UserError
 from cmoe.learners.batch import Batch
+from cmoe.learners.head import NEVER
 from cmoe.learners.model import Model, Output
 from cmoe.strategies.base import Context, Phase, Segment, Strategy
-from cmoe.strategies.feature_classifier import AT_ONCE, NEVER
 from cmoe.strategies.herding import herd
+from cmoe.strategies.look import seen
 from cmoe.strategies.teacher import as_it_is, restored, state_of
-from cmoe.streams import Experience, Split, evaluation_batches
+from cmoe.streams import Experience, Split
 
 
 class ICaRL(Strategy):
@@ -126,13 +127,8 @@ class ICaRL(Strategy):
 
     def _features(self, split: Split, experience: int, rows: Tensor) -> Tensor:
         """Features (N, D), float64, of rows of the storage, as in evaluation."""
-        model, context = self.context.model, self.context
-        was, own = model.training, replace(split, index=rows)
-        model.eval()
-        batches = evaluation_batches(own, experience, context.stream.transform, AT_ONCE)
-        found = [self._of(context.placed(batch.x), experience).double() for batch in batches]
-        model.train(was)
-        return torch.cat(found)
+        own = replace(split, index=rows)
+        return seen(self.context, own, experience, lambda x: self._of(x, experience).double())[0]
 
     def _of(self, x: Tensor, task: int | None) -> Tensor:
         return self._scaled(self.context.model(x, self.context.route(task)).features)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmoe.errors import UserError
+from cmoe.learners.head import NEVER
 from cmoe.learners.model import Model
 from cmoe.strategies.base import Context, Segment, Strategy
-from cmoe.strategies.feature_classifier import AT_ONCE, NEVER
+from cmoe.strategies.look import seen
 from cmoe.strategies.teacher import as_it_is, restored, state_of
-from cmoe.streams import evaluation_batches
 
 Answer = Callable[[int], Tensor]
 
@@ -74,14 +74,8 @@ class InferTask(Strategy):
             y_N: their classes.
         """
 
-    @torch.no_grad()
     def _seen(self, experience: int) -> tuple[Tensor, Tensor]:
-        stream = self.context.stream
-        split, x, y = stream.experiences[experience].train, [], []
-        for batch in evaluation_batches(split, experience, stream.transform, AT_ONCE):
-            x.append(self.looked_at(self.context.placed(batch.x)))
-            y.append(batch.y.to(self.context.device))
-        return torch.cat(x), torch.cat(y)
+        return seen(self.context, self.context.stream.experiences[experience].train, experience, self.looked_at)
 
     def looked_at(self, x: Tensor) -> Tensor:
         """(B, D) float64 of inputs (B, ...)."""

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmoe.learners.head import NEVER
 from cmoe.moe import RouteContext
 from cmoe.strategies.base import Context, Phase, Segment, Strategy
 from cmoe.strategies.beside import refuse_beside
-from cmoe.strategies.feature_classifier import NEVER
 from cmoe.strategies.gates import BESIDE, hidden_layers
 
 _ANEW = "each of both begins a network of its own"

@@ -12,14 +12,14 @@ from torch import Tensor
 from cmoe.config.types import NonNegative, Positive, PositiveInt, Probability
 from cmoe.errors import UserError
 from cmoe.learners.batch import Batch
+from cmoe.learners.head import NEVER
 from cmoe.learners.model import Model, Output
 from cmoe.moe import surgery
 from cmoe.strategies.base import Context, Segment
 from cmoe.strategies.expand import Expand
-from cmoe.strategies.feature_classifier import AT_ONCE, NEVER
 from cmoe.strategies.gaussians import divergence, fitted, log_density
+from cmoe.strategies.look import seen
 from cmoe.strategies.teacher import as_it_is, restored, state_of
-from cmoe.streams import evaluation_batches
 
 Key = tuple[int, int, int]  # expert, experience, class
 
@@ -119,20 +119,13 @@ class SEED(Expand):
         self._factors.clear()
         self.old = None
 
-    @torch.no_grad()
     def _fitted(self, expert: int, experiences: Sequence[int]) -> dict[Key, tuple[Tensor, Tensor]]:
         """Gaussians of the experiences' classes in an expert's features."""
-        context, model = self.context, self.context.model
-        was, found = model.training, {}
-        model.eval()
+        found = {}
         for e in experiences:
-            split, x, y = context.stream.experiences[e].train, [], []
-            for batch in evaluation_batches(split, e, context.stream.transform, AT_ONCE):
-                x.append(self._features(context.placed(batch.x), expert))
-                y.append(batch.y)
-            x_ND, y_N = torch.cat(x), torch.cat(y).to(x[0].device)
+            split = self.context.stream.experiences[e].train
+            x_ND, y_N = seen(self.context, split, e, lambda x: self._features(x, expert))
             found |= {(expert, e, c): fitted(x_ND[y_N == c], self.shrinkage) for c in y_N.unique().tolist()}
-        model.train(was)
         return found
 
     def _features(self, x: Tensor, expert: int) -> Tensor:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmoe import api, checkpoint
 from cmoe.backbones.byte_lm import PADDING
 from cmoe.learners import Batch
 from cmoe.moe import losses
-from cmoe.session import Interrupted, Session
+from cmoe.session import Session
 
-from .helpers import DIGITS, WORLDS, begin, merged, opened, run, same, weights
+from .helpers import WORLDS, begin, merged, opened, run, weights
+from .whole import ends_the_same
 
 RANDOM = {"model": {"moe": {"experts": 4, "router": "random"}}}
 STRATEGY = {"strategy": {"name": "consistency", "alpha": 0.7}}
@@ -151,33 +151,7 @@ def test_it_makes_random_experts_agree(tmp_path: Path) -> None:
 def test_a_stopped_run_ends_the_same(tmp_path: Path, chunks: int) -> None:
     """What is drawn in either pass comes from generators that a checkpoint holds."""
     more = {"stream": {"limit": 2}, "trainer": {"chunk": 3}, "model": {"dropout": 0.2}}
-
-    def started(root: str, stop: Any = None) -> Any:
-        config = merged(DIGITS, STRATEGY, RANDOM, more, {"tracking": {"root": str(tmp_path / root)}})
-        plan, catalogue = api.plan_of(config)
-        folder = api.new_run(plan)
-        if stop is None:
-            api.start_in(plan, folder, catalogue, api.data_folder())
-        else:
-            with pytest.raises(Interrupted):
-                api.start_in(plan, folder, catalogue, api.data_folder(), stop=stop)
-        return folder
-
-    left = chunks
-
-    def stop() -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0
-
-    whole, broken = started("whole"), started("broken", stop)
-    assert broken.facts()["status"] == "INTERRUPTED"
-    assert api.resume(broken)["status"] == "FINISHED"
-    first, second = (checkpoint.load(folder.state) for folder in (whole, broken))
-    assert first is not None
-    assert second is not None
-    assert same(first["model"], second["model"])
-    assert whole.facts()["metrics"] == broken.facts()["metrics"]
+    ends_the_same(tmp_path, chunks, STRATEGY, RANDOM, more)
 
 
 def test_beside_replay(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from cmoe.session import Session
 from cmoe.strategies import ICaRL
 from cmoe.strategies.herding import herd
 
-from .helpers import LEARNED, WORLDS, begin, metrics, opened, run, same, weights
+from .helpers import LEARNED, WORLDS, begin, metrics, opened, run
 from .stepping import DOMAIN, EXACT, enter, goes_on_the_same, leave, take, the, walk
+from .whole import decides_the_same
 
 SPEC = {"strategy": {"name": "icarl", "size": 40}}
 
@@ -141,16 +142,7 @@ def test_a_whole_run_and_its_means_after_loading(tmp_path: Path) -> None:
     of = run(tmp_path / "a", SPEC, {"trainer": {"epochs": 3}, "model": {"moe": LEARNED, "head": "growing"}})
     assert metrics(of)["class_il/acc_macro"] > 0.4
     other = opened(tmp_path / "b", SPEC, {"model": {"moe": LEARNED, "head": "growing"}})
-    other.model.restore_structure(of.model.structure())
-    other.model.load_state_dict(of.model.state_dict())
-    the(other, ICaRL).load_state_dict(the(of, ICaRL).state_dict())
-    x = take(of, 0, 0).x
-    with torch.no_grad():
-        a, b = (the(each, ICaRL).predict(x, None) for each in (of, other))
-    assert a is not None
-    assert b is not None
-    assert torch.equal(a, b)
-    assert same(weights(of), weights(other))
+    decides_the_same(of, other, ICaRL, [None])
 
 
 def test_impossible_settings_are_refused(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from cmoe.errors import UserError
 from cmoe.session import Session
 from cmoe.strategies import PNN
 
-from .helpers import LEARNED, WORLDS, opened, run, same, weights
+from .helpers import LEARNED, WORLDS, opened, run
 from .stepping import EXACT, HEADS, enter, goes_on_the_same, leave, take, the, walk
+from .whole import decides_the_same
 
 SPEC = {"strategy": "pnn", "model": {"hidden": [16, 12]}}
 TASKS = {"stream": {"scenario": "task"}}
@@ -107,16 +108,7 @@ def test_a_whole_run_forgets_nothing(tmp_path: Path) -> None:
     assert facts["pnn/bytes"] > 0
     assert the(of, PNN).parameters() > 2 * (64 * 16 + 16 * 12)
     other = opened(tmp_path / "b", SPEC, TASKS, {"stream": {"limit": 3}})
-    other.model.restore_structure(of.model.structure())
-    other.model.load_state_dict(of.model.state_dict())
-    the(other, PNN).load_state_dict(the(of, PNN).state_dict())
-    x = take(of, 0, 0).x
-    for t in range(3):
-        a, b = (the(each, PNN).predict(x, t) for each in (of, other))
-        assert a is not None
-        assert b is not None
-        assert torch.equal(a, b)
-    assert same(weights(of), weights(other))
+    decides_the_same(of, other, PNN, range(3))
 
 
 def test_impossible_settings_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from cmoe import api, checkpoint
 from cmoe.export import load, write
 from cmoe.restored import of_run
 from cmoe.session import Interrupted, Session
+from cmoe.strategies import Strategy
 
 from .helpers import DIGITS, merged, same
+from .stepping import take, the
 
 
 def ends_the_same(root: Path, chunks: int, *changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +63,20 @@ def equal(a: Any, b: Any) -> None:
             equal(one, other)
     else:
         assert a == b
+
+
+def decides_the_same(of: Session, other: Session, kind: type[Strategy], tasks: Iterable[int | None]) -> None:
+    """A run that takes over a finished one's model and a strategy's state decides as that does, bit for bit."""
+    other.model.restore_structure(of.model.structure())
+    other.model.load_state_dict(of.model.state_dict())
+    the(other, kind).load_state_dict(the(of, kind).state_dict())
+    x = take(of, 0, 0).x
+    for task in tasks:
+        with torch.no_grad():
+            a, b = (the(each, kind).predict(x, task) for each in (of, other))
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 def predicts_the_same(of: Session, target: Path, labelled: bool) -> None:

@@ -215,13 +215,13 @@ class Scored(Sparse):
 
     def active_parameters(self) -> int:
         # of scores and columns a score knows; whatever else a preset has works on every token
-        rows = [module for module in self.columns.values() if isinstance(module, nn.Module)]
+        rows = list(self.columns.values())
         known = [p for part in (self.score, *rows) for p in part.parameters()]
         rest = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in known)
         return rest + self.score.active(rows)
 
     def flops_per_token(self) -> int:
-        rows = [module for module in self.columns.values() if isinstance(module, nn.Module)]
+        rows = list(self.columns.values())
         return 2 * (self.active_parameters() - self.score.active(rows)) + self.score.flops(rows)
 
     def _late(
